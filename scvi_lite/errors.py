@@ -1,0 +1,65 @@
+"""Messages that name what was found and the nearest thing that would have worked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+MAX_OPTIONS = 10
+
+
+def nearest(name: object, options: Iterable[object]) -> str | None:
+    """The option that looks most like ``name``, or None where none comes near; case does not count.
+
+    >>> nearest("bach", ["batch", "label"])
+    'batch'
+    >>> nearest("ZINB", ["zinb", "nb"])
+    'zinb'
+    >>> nearest("donor", ["batch", "label"]) is None
+    True
+    """
+    by_lower_case = {str(option).lower(): str(option) for option in options}
+    found = get_close_matches(str(name).lower(), by_lower_case, n=1)
+    return by_lower_case[found[0]] if found else None
+
+
+def listing(options: Iterable[object], limit: int = MAX_OPTIONS) -> str:
+    """The options in one line, cut after ``limit`` of them.
+
+    >>> listing(["a", "b", "c"], limit=2)
+    "'a', 'b', ... (3 in all)"
+    >>> listing([])
+    'none'
+    """
+    names = [repr(str(option)) for option in options]
+    if not names:
+        return "none"
+    rest = f", ... ({len(names)} in all)" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + rest
+
+
+def unknown(argument: str, name: object, options: Iterable[object], what: str = "an option", title: str = "") -> str:
+    """The message for a name that is not among the options.
+
+    Parameters
+    ----------
+    argument
+        Argument of the call that held the name.
+    name
+        What was given.
+    options
+        What would have worked.
+    what
+        What the name should have been, with its article.
+    title
+        What to call the options in the message.
+
+    >>> unknown("batch_key", "bach", ["batch", "label"], "a column of adata.obs", "Columns")
+    "batch_key='bach' is not a column of adata.obs. Did you mean 'batch'? Columns: 'batch', 'label'."
+    >>> unknown("dispersion", "cell", ["gene", "gene-cell"])
+    "dispersion='cell' is not an option. Did you mean 'gene-cell'? Options: 'gene', 'gene-cell'."
+    """
+    options = list(options)
+    guess = nearest(name, options)
+    hint = f" Did you mean {guess!r}?" if guess is not None else ""
+    return f"{argument}={name!r} is not {what}.{hint} {title or 'Options'}: {listing(options)}."
