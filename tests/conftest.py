@@ -1,0 +1,25 @@
+"""Settings for every test: no display, few threads, the same random numbers each time."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import numpy as np
+import pytest
+import torch
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Tests and doctests start from the same random state, in whichever order they run."""
+    np.random.seed(0)  # noqa: NPY002: the global state that libraries draw from
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    """What a test writes by accident does not land in the checkout."""
+    monkeypatch.chdir(tmp_path)
