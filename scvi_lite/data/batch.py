@@ -1,0 +1,86 @@
+"""One minibatch of cells: what every model sees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Counts:
+    """The counts of ``n`` cells by ``g`` features, as the coordinates of the ``m`` non-zeros.
+
+    Entries are sorted by cell. A dense matrix is made only where somebody asks for :attr:`x_ng`.
+    """
+
+    start: Tensor  #: (n + 1,) int64: the non-zeros of cell i are start[i]:start[i + 1]
+    row_m: Tensor  #: (m,) int64: cell of each non-zero, within the minibatch
+    col_m: Tensor  #: (m,) int64: feature of each non-zero
+    value_m: Tensor  #: (m,) float32
+    n_features: int
+
+    @property
+    def n_cells(self) -> int:
+        return self.start.shape[0] - 1
+
+    @property
+    def x_ng(self) -> Tensor:
+        """The counts as a dense (n, g) matrix."""
+        x_ng = self.value_m.new_zeros(self.n_cells, self.n_features)
+        x_ng[self.row_m, self.col_m] = self.value_m
+        return x_ng
+
+    def sum_rows(self, value_m: Tensor) -> Tensor:
+        """Sum one number per non-zero over each cell: (m,) -> (n,)."""
+        return value_m.new_zeros(self.n_cells).index_add(0, self.row_m, value_m)
+
+    def map(self, function: Any) -> Counts:
+        """Apply a function that maps zero to zero (``torch.log1p``) to the non-zeros."""
+        return replace(self, value_m=function(self.value_m))
+
+    @classmethod
+    def from_dense(cls, x_ng: Tensor) -> Counts:
+        """The coordinates of a dense (n, g) matrix.
+
+        >>> Counts.from_dense(torch.tensor([[0.0, 2.0], [0.0, 0.0]])).value_m
+        tensor([2.])
+        """
+        row_m, col_m = x_ng.nonzero(as_tuple=True)
+        start = torch.zeros(x_ng.shape[0] + 1, dtype=torch.int64, device=x_ng.device)
+        torch.cumsum((x_ng != 0).sum(1), 0, out=start[1:])
+        return cls(start, row_m, col_m, x_ng[row_m, col_m], x_ng.shape[1])
+
+
+@dataclass
+class Batch:
+    """``n`` cells: counts and the cell-level tensors that the model's fields declare.
+
+    A field that a model did not declare stays ``None``; one without columns has shape (n, 0).
+    """
+
+    x: Counts  #: counts
+    row_n: Tensor  #: (n,) int64: position of the cell in the data set
+    total_n: Tensor  #: (n,) total count of the cell
+    batch_n: Tensor  #: (n,) int64: code of the batch
+    label_n: Tensor  #: (n,) int64: code of the label
+    cats_nc: Tensor  #: (n, c) int64: codes of the c categorical covariates
+    conts_nd: Tensor  #: (n, d) float32: d continuous covariates
+    size_factor_n: Tensor | None = None  #: (n,) given size factors
+    qz_loc_nk: Tensor | None = None  #: (n, k) stored posterior mean of a minified data set
+    qz_scale_nk: Tensor | None = None  #: (n, k) stored posterior standard deviation
+
+    @property
+    def n_cells(self) -> int:
+        return self.row_n.shape[0]
+
+    @property
+    def library_n(self) -> Tensor:
+        """Log of the total counts; 0 for a cell without counts, whose library is unknown."""
+        return torch.where(self.total_n > 0, self.total_n, 1.0).log()
+
+    def with_batch(self, code: int) -> Batch:
+        """The same cells, as if all came from batch ``code``."""
+        return replace(self, batch_n=torch.full_like(self.batch_n, code))

@@ -1,0 +1,148 @@
+"""Layers that know covariates: a linear map, and the hidden block of scVI's networks (Lopez et al. 2018)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scvi_lite.data.batch import Counts
+from scvi_lite.distributions.sparse import sparse_linear
+
+
+class CovariateLinear(nn.Module):
+    """A linear map of dense inputs and of categorical covariates.
+
+    The same function as a linear layer over the inputs joined with one-hot columns of each covariate, but
+    the columns of a covariate are a table of their own, and a row of it is looked up instead of multiplied.
+
+    Parameters
+    ----------
+    n_in, n_out
+        Dense inputs and outputs.
+    n_cats
+        Number of categories of each covariate.
+    bias
+        Whether to add a constant.
+
+    Examples
+    --------
+    >>> layer = CovariateLinear(4, 3, n_cats=[2])
+    >>> layer(torch.ones(5, 4), [torch.zeros(5, dtype=torch.int64)]).shape
+    torch.Size([5, 3])
+    """
+
+    def __init__(self, n_in: int, n_out: int, n_cats: Sequence[int] = (), bias: bool = True):
+        super().__init__()
+        bound = 1 / math.sqrt(n_in + sum(n_cats))
+        self.weight = nn.Parameter(torch.empty(n_out, n_in).uniform_(-bound, bound))
+        self.tables = nn.ParameterList([torch.empty(n, n_out).uniform_(-bound, bound) for n in n_cats])
+        self.bias = nn.Parameter(torch.empty(n_out).uniform_(-bound, bound)) if bias else None
+
+    def forward(self, x: Tensor | Counts, codes: Sequence[Tensor] = (), dense_nd: Tensor | None = None) -> Tensor:
+        """Map ``x`` (dense, or the counts of a minibatch), further dense inputs and the covariates' codes."""
+        if isinstance(x, Counts):
+            y = sparse_linear(x, self.weight[:, : x.n_features] if dense_nd is not None else self.weight)
+            if dense_nd is not None:
+                y = y + F.linear(dense_nd, self.weight[:, x.n_features :])
+            y = y if self.bias is None else y + self.bias
+        else:
+            if dense_nd is not None:
+                x = torch.cat([x, dense_nd.expand(*x.shape[:-1], -1)], dim=-1)
+            y = F.linear(x, self.weight, self.bias)
+        for code_n, table in zip(codes, self.tables, strict=True):
+            y = y + F.embedding(code_n, table)
+        return y
+
+
+class Block(nn.Module):
+    """Linear → batch norm → layer norm → ReLU → dropout, the norms where switched on."""
+
+    def __init__(
+        self, n_in: int, n_out: int, n_cats: Sequence[int], batch_norm: bool, layer_norm: bool, dropout_rate: float
+    ):
+        super().__init__()
+        self.linear = CovariateLinear(n_in, n_out, n_cats)
+        self.batch_norm = nn.BatchNorm1d(n_out, momentum=0.01, eps=0.001) if batch_norm else None
+        self.layer_norm = nn.LayerNorm(n_out, elementwise_affine=False) if layer_norm else None
+        self.dropout_rate = dropout_rate
+
+    def forward(self, x: Tensor | Counts, codes: Sequence[Tensor] = (), dense_nd: Tensor | None = None) -> Tensor:
+        h = self.linear(x, codes, dense_nd)
+        if self.batch_norm is not None:
+            h = self.batch_norm(h.flatten(0, -2)).view(h.shape)
+        if self.layer_norm is not None:
+            h = self.layer_norm(h)
+        return F.dropout(F.relu(h), self.dropout_rate, self.training)
+
+
+class Hidden(nn.Module):
+    """A stack of blocks; covariates enter the first, or, deeply injected, every one.
+
+    Parameters
+    ----------
+    n_in
+        Dense inputs of the first block, continuous covariates and embeddings included.
+    n_hidden, n_layers
+        Width and number of blocks.
+    n_cats
+        Number of categories of each categorical covariate.
+    """
+
+    def __init__(
+        self,
+        n_in: int,
+        n_hidden: int,
+        n_layers: int,
+        n_cats: Sequence[int] = (),
+        *,
+        deeply_inject: bool = True,
+        batch_norm: bool = True,
+        layer_norm: bool = False,
+        dropout_rate: float = 0.1,
+    ):
+        super().__init__()
+        self.deeply_inject = deeply_inject
+        self.blocks = nn.ModuleList(
+            Block(
+                n_in if i == 0 else n_hidden,
+                n_hidden,
+                n_cats if i == 0 or deeply_inject else (),
+                batch_norm,
+                layer_norm,
+                dropout_rate,
+            )
+            for i in range(n_layers)
+        )
+
+    def forward(self, x: Tensor | Counts, codes: Sequence[Tensor] = (), dense_nd: Tensor | None = None) -> Tensor:
+        h = x
+        for i, block in enumerate(self.blocks):
+            h = block(h, codes if i == 0 or self.deeply_inject else (), dense_nd if i == 0 else None)
+        return h
+
+
+VARIANCE = {"exp": torch.exp, "softplus": F.softplus}
+
+
+class Encoder(nn.Module):
+    """Mean and standard deviation of a normal posterior.
+
+    ``variance = f(head) + 1e-4``, with ``f`` the exponential unless asked otherwise.
+    """
+
+    def __init__(self, hidden: Hidden, n_hidden: int, n_out: int, var_activation: str = "exp"):
+        super().__init__()
+        self.hidden = hidden
+        self.loc = nn.Linear(n_hidden, n_out)
+        self.log_var = nn.Linear(n_hidden, n_out)
+        self.variance = VARIANCE[var_activation]
+
+    def forward(
+        self, x: Tensor | Counts, codes: Sequence[Tensor] = (), dense_nd: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        h = self.hidden(x, codes, dense_nd)
+        return self.loc(h), (self.variance(self.log_var(h)) + 1e-4).sqrt()

@@ -1,0 +1,233 @@
+"""The variational autoencoder of counts that several models share (scVI, Lopez et al. 2018, doi:10.1038/s41592-018-0229-2)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from scvi_lite.data.batch import Batch
+from scvi_lite.errors import unknown
+from scvi_lite.nn.layers import VARIANCE, Encoder, Hidden
+from scvi_lite.nn.rates import LIKELIHOODS, Rates
+
+WHERE = ("none", "encoder", "decoder", "both")
+CHOICES = {
+    "dispersion": ("gene", "gene-batch", "gene-label", "gene-cell"),
+    "gene_likelihood": LIKELIHOODS,
+    "latent_distribution": ("normal", "ln"),
+    "batch_representation": ("one-hot", "embedding"),
+    "use_batch_norm": WHERE,
+    "use_layer_norm": WHERE,
+    "var_activation": tuple(VARIANCE),
+}
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Sizes and options of a :class:`CountVAE`. Checked when made."""
+
+    n_genes: int
+    n_batches: int = 1
+    n_labels: int = 1
+    n_cats: tuple[int, ...] = ()  #: categories of each categorical covariate
+    n_conts: int = 0
+    n_hidden: int = 128
+    n_latent: int = 10
+    n_layers: int = 1
+    dropout_rate: float = 0.1
+    dispersion: str = "gene"
+    gene_likelihood: str = "zinb"
+    latent_distribution: str = "normal"
+    log_variational: bool = True
+    encode_covariates: bool = False
+    deeply_inject_covariates: bool = True
+    batch_representation: str = "one-hot"
+    batch_embedding_dim: int = 5
+    use_batch_norm: str = "both"
+    use_layer_norm: str = "none"
+    use_size_factor: bool = False
+    use_observed_lib_size: bool = True
+    var_activation: str = "exp"
+
+    def __post_init__(self) -> None:
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(unknown(name, getattr(self, name), choices))
+        for name in ("n_hidden", "n_latent", "n_layers", "batch_embedding_dim"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r}: a whole number of at least 1 is needed.")
+        if not 0 <= self.dropout_rate < 1:
+            raise ValueError(f"dropout_rate={self.dropout_rate!r}: a number in [0, 1) is needed.")
+
+    @property
+    def latent_library(self) -> bool:
+        """Whether the library size is a latent variable."""
+        return not (self.use_size_factor or self.use_observed_lib_size)
+
+
+@dataclass
+class Posterior:
+    """q(z, library | x): independent normals."""
+
+    z_loc_nk: Tensor
+    z_scale_nk: Tensor
+    library_loc_n: Tensor | None = None
+    library_scale_n: Tensor | None = None
+
+    def sample_z(self, n_samples: int | None = None) -> Tensor:
+        """Draw z by reparametrisation: (n, k), or (s, n, k) if ``n_samples`` is given."""
+        return draw_normal(self.z_loc_nk, self.z_scale_nk, n_samples)
+
+    def sample_library(self, n_samples: int | None = None) -> Tensor:
+        """Draw the log library: (n,), or (s, n) if ``n_samples`` is given."""
+        return draw_normal(self.library_loc_n, self.library_scale_n, n_samples)
+
+
+@dataclass
+class Loss:
+    """The number to descend, and what it is made of: each term summed over the minibatch's cells."""
+
+    total: Tensor
+    reconstruction: Tensor
+    kl_local: Tensor
+    n_cells: int
+
+
+def draw_normal(loc: Tensor, scale: Tensor, n_samples: int | None = None) -> Tensor:
+    """A reparametrised draw; a leading dimension of samples if their number is given."""
+    shape = loc.shape if n_samples is None else (n_samples, *loc.shape)
+    return loc + scale * torch.randn(shape, device=loc.device, dtype=loc.dtype)
+
+
+def kl_normal(loc: Tensor, scale: Tensor, prior_loc: Tensor | float = 0.0, prior_var: Tensor | float = 1.0) -> Tensor:
+    """KL(N(loc, scale²) ‖ N(prior_loc, prior_var)), elementwise.
+
+    >>> kl_normal(torch.zeros(1), torch.ones(1))
+    tensor([0.])
+    """
+    prior_var = torch.as_tensor(prior_var, device=loc.device, dtype=loc.dtype)
+    variance = scale**2
+    return 0.5 * ((variance + (loc - prior_loc) ** 2) / prior_var - 1 - variance.log() + prior_var.log())
+
+
+class CountVAE(nn.Module, ABC):
+    """Encoder and decoder of counts; a model adds its :meth:`loss`.
+
+    Parameters
+    ----------
+    config
+        Sizes and options.
+    library_prior
+        Mean and variance of the log library in each batch, each (b,); needed where the library is latent.
+    """
+
+    def __init__(self, config: VAEConfig, library_prior: tuple[Tensor, Tensor] | None = None):
+        super().__init__()
+        self.config = c = config
+        embedded = c.batch_representation == "embedding"
+        covariates = [n for n in ((() if embedded else (c.n_batches,)) + c.n_cats) if n > 1]
+        n_dense = c.n_conts + (c.batch_embedding_dim if embedded else 0)
+        if embedded:
+            self.batch_embedding = nn.Embedding(c.n_batches, c.batch_embedding_dim)
+
+        def hidden(n_in: int, part: str, dropout_rate: float, with_covariates: bool) -> Hidden:
+            return Hidden(
+                n_in + (n_dense if with_covariates else 0),
+                c.n_hidden,
+                c.n_layers if part != "library" else 1,
+                covariates if with_covariates else (),
+                deeply_inject=c.deeply_inject_covariates,
+                batch_norm=c.use_batch_norm in ("decoder" if part == "decoder" else "encoder", "both"),
+                layer_norm=c.use_layer_norm in ("decoder" if part == "decoder" else "encoder", "both"),
+                dropout_rate=dropout_rate,
+            )
+
+        def encoder(n_out: int, part: str) -> Encoder:
+            stack = hidden(c.n_genes, part, c.dropout_rate, c.encode_covariates)
+            return Encoder(stack, c.n_hidden, n_out, c.var_activation)
+
+        self.encoder = encoder(c.n_latent, "encoder")
+        if c.latent_library:
+            self.library_encoder = encoder(1, "library")
+            loc_b, var_b = library_prior or (torch.zeros(c.n_batches), torch.ones(c.n_batches))
+            self.register_buffer("library_prior_loc", loc_b)
+            self.register_buffer("library_prior_var", var_b)
+        self.decoder = Decoder(c, hidden(c.n_latent, "decoder", 0.0, True))
+        if c.gene_likelihood != "poisson" and c.dispersion != "gene-cell":
+            rows = {"gene": (), "gene-batch": (c.n_batches,), "gene-label": (c.n_labels,)}[c.dispersion]
+            self.log_theta = nn.Parameter(torch.randn(*rows, c.n_genes))
+
+    @abstractmethod
+    def loss(self, batch: Batch, kl_weight: float | Tensor = 1.0) -> Loss:
+        """The loss of a minibatch."""
+
+    def encode(self, batch: Batch) -> Posterior:
+        """The posterior of a minibatch: computed from its counts, or the stored one of minified data."""
+        if batch.qz_loc_nk is not None and batch.qz_scale_nk is not None:
+            return Posterior(batch.qz_loc_nk, batch.qz_scale_nk)
+        x = batch.x.map(torch.log1p) if self.config.log_variational else batch.x
+        codes, dense_nd = self.covariates(batch) if self.config.encode_covariates else ((), None)
+        posterior = Posterior(*self.encoder(x, codes, dense_nd))
+        if self.config.latent_library:
+            library_loc_n1, library_scale_n1 = self.library_encoder(x, codes, dense_nd)
+            posterior.library_loc_n, posterior.library_scale_n = library_loc_n1[:, 0], library_scale_n1[:, 0]
+        return posterior
+
+    def library(self, batch: Batch, posterior: Posterior) -> Tensor:
+        """The log library (n,): given as size factor, the posterior mean, or observed."""
+        if self.config.use_size_factor:
+            return batch.size_factor_n.log()
+        return batch.library_n if posterior.library_loc_n is None else posterior.library_loc_n
+
+    def decode(self, z: Tensor, library_n: Tensor, batch: Batch) -> Rates:
+        """The rates of counts at latent ``z`` (..., n, k) and log library (..., n)."""
+        c = self.config
+        codes, dense_nd = self.covariates(batch)
+        logit_ng, dropout_ng, log_theta = self.decoder(self.to_latent(z), codes, dense_nd)
+        if c.gene_likelihood != "poisson" and log_theta is None:
+            code_n = {"gene-batch": batch.batch_n, "gene-label": batch.label_n}.get(c.dispersion)
+            log_theta = self.log_theta if code_n is None else self.log_theta[code_n]
+        return Rates(c.gene_likelihood, logit_ng, library_n, log_theta, dropout_ng, not c.use_size_factor)
+
+    def to_latent(self, z: Tensor) -> Tensor:
+        """What a user calls the latent space: z, or a point on the simplex for the logistic normal."""
+        return z.softmax(-1) if self.config.latent_distribution == "ln" else z
+
+    def covariates(self, batch: Batch) -> tuple[list[Tensor], Tensor | None]:
+        """Codes of the categorical covariates with more than one category, and the dense covariates (n, d)."""
+        c = self.config
+        dense = [batch.conts_nd] if c.n_conts else []
+        codes = []
+        if c.batch_representation == "embedding":
+            dense.append(self.batch_embedding(batch.batch_n))
+        elif c.n_batches > 1:
+            codes.append(batch.batch_n)
+        codes += [batch.cats_nc[:, i] for i, n in enumerate(c.n_cats) if n > 1]
+        return codes, torch.cat(dense, dim=-1) if dense else None
+
+
+class Decoder(nn.Module):
+    """From latent space and covariates to the parameters of the likelihood."""
+
+    def __init__(self, config: VAEConfig, hidden: Hidden):
+        super().__init__()
+        self.hidden = hidden
+        self.scale = nn.Linear(config.n_hidden, config.n_genes)
+        zinb, gene_cell = config.gene_likelihood == "zinb", config.dispersion == "gene-cell"
+        self.dropout = nn.Linear(config.n_hidden, config.n_genes) if zinb else None
+        gene_cell = gene_cell and config.gene_likelihood != "poisson"
+        self.dispersion = nn.Linear(config.n_hidden, config.n_genes) if gene_cell else None
+
+    def forward(
+        self, z: Tensor, codes: list[Tensor], dense_nd: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        h = self.hidden(z, codes, dense_nd)
+        return (
+            self.scale(h),
+            None if self.dropout is None else self.dropout(h),
+            None if self.dispersion is None else self.dispersion(h),
+        )
