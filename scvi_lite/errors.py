@@ -8,6 +8,13 @@ from difflib import get_close_matches
 MAX_OPTIONS = 10
 
 
+class UnknownKeyError(KeyError, ValueError):
+    """A name that is not there. A ``KeyError`` whose message reads as it was written."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 def nearest(name: object, options: Iterable[object]) -> str | None:
     """The option that looks most like ``name``, or None where none comes near; case does not count.
 

@@ -1,0 +1,169 @@
+"""Real counts that need no download, and counts without structure; `simulator` has those with a known truth.
+
+The real data are peripheral blood cells of Zheng et al., Nat. Commun. 8, 14049 (2017), as shipped with scanpy.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+from scvi_lite.data.simulator import numbered, simulate
+from scvi_lite.errors import unknown
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from mudata import MuData
+
+__all__ = ["pbmc68k_reduced", "simulate", "synthetic_iid"]
+
+SPARSE_FORMATS = {kind.__name__: kind for kind in (sp.csr_matrix, sp.csc_matrix, sp.csr_array, sp.csc_array)}
+
+
+def pbmc68k_reduced() -> AnnData:
+    """Counts of 700 blood cells by 765 genes, with the cell types in ``obs["bulk_labels"]``.
+
+    scanpy ships them as log1p(count / total * 10,000), rounded to three decimals; ``n_counts`` keeps the totals (over
+    all genes, of which these 765 are a part), so that the counts can be recovered: they come out within 0.11 of an
+    integer, and are rounded.
+
+    Returns
+    -------
+    AnnData
+        ``X``: (700, 765) integer counts, float32 CSR; ``obs``: the annotation that came with the data.
+
+    Examples
+    --------
+    >>> adata = pbmc68k_reduced()
+    >>> adata.shape, adata.X.max().item(), adata.obs["bulk_labels"].nunique()
+    ((700, 765), 259.0, 10)
+    """
+    from anndata import AnnData
+
+    counts, obs, genes = _unrounded_pbmc68k()
+    counts.data = np.rint(counts.data).astype(np.float32)
+    return AnnData(counts, obs=obs, var=pd.DataFrame(index=genes))
+
+
+def _unrounded_pbmc68k() -> tuple[sp.csr_matrix, pd.DataFrame, pd.Index]:
+    """The counts before they are rounded (float64 CSR), ``obs``, and the names of the genes."""
+    import scanpy
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the file is older than the format that anndata reads without a word
+        shipped = scanpy.datasets.pbmc68k_reduced()
+    counts = sp.csr_matrix(shipped.raw.X, dtype=np.float64)
+    total_m = np.repeat(shipped.obs["n_counts"].to_numpy(np.float64), np.diff(counts.indptr))
+    counts.data = np.expm1(counts.data) * total_m / 1e4
+    obs = shipped.obs.copy()
+    obs.index.name = None
+    return counts, obs, pd.Index(shipped.raw.var_names, name=None)
+
+
+def synthetic_iid(
+    batch_size: int = 200,
+    n_genes: int = 100,
+    n_proteins: int = 100,
+    n_regions: int = 100,
+    n_batches: int = 2,
+    n_labels: int = 3,
+    dropout_ratio: float = 0.7,
+    sparse_format: str | None = None,
+    generate_coordinates: bool = False,
+    return_mudata: bool = False,
+    seed: int | None = None,
+) -> AnnData | MuData:
+    """Independent counts without any structure, to try interfaces with.
+
+    Genes and regions are negative binomial (mean 35/3, inverse dispersion 5), each entry kept with probability
+    ``dropout_ratio``; proteins are negative binomial. Batches and labels say nothing about the counts.
+    Names and keys are those of ``scvi.data.synthetic_iid``.
+
+    Parameters
+    ----------
+    batch_size
+        Cells per batch.
+    n_genes, n_proteins, n_regions
+        Features; 0 leaves proteins or regions away.
+    n_batches, n_labels
+        Categories in ``obs["batch"]`` and ``obs["labels"]``; without labels there is no such column.
+    dropout_ratio
+        Probability that a gene's or a region's count is kept.
+    sparse_format
+        ``"csr_matrix"``, ``"csc_matrix"``, ``"csr_array"`` or ``"csc_array"``; None makes dense arrays.
+    generate_coordinates
+        Add standard normal positions, ``obsm["coordinates"]`` (n, 2).
+    return_mudata
+        Return a MuData with modalities ``rna``, ``accessibility`` and ``protein_expression``, instead of an AnnData
+        with ``obsm["accessibility"]``, ``obsm["protein_expression"]`` and ``uns["protein_names"]``.
+    seed
+        None draws from NumPy's global random state.
+
+    Raises
+    ------
+    ValueError
+        For a ``sparse_format`` that there is not, or fewer than one batch, cell or gene.
+
+    Examples
+    --------
+    >>> adata = synthetic_iid(batch_size=50, n_genes=20, seed=0)
+    >>> adata.shape, list(adata.obs), list(adata.obsm)
+    ((100, 20), ['batch', 'labels'], ['accessibility', 'protein_expression'])
+    """
+    from anndata import AnnData
+
+    if sparse_format is not None and sparse_format not in SPARSE_FORMATS:
+        raise ValueError(unknown("sparse_format", sparse_format, SPARSE_FORMATS, "a sparse format", "Formats"))
+    if min(batch_size, n_batches, n_genes) < 1:
+        raise ValueError("synthetic_iid needs batch_size, n_batches and n_genes of at least 1.")
+    rng = np.random.default_rng(np.random.randint(2**31) if seed is None else seed)  # noqa: NPY002 (obeys settings.seed)
+    n_cells = batch_size * n_batches
+
+    def negative_binomial(n_features: int) -> np.ndarray:
+        return rng.negative_binomial(5, 0.3, size=(n_cells, n_features))
+
+    def keep(count_nf: np.ndarray) -> np.ndarray:
+        return count_nf * rng.binomial(1, dropout_ratio, size=count_nf.shape)
+
+    def stored(count_nf: np.ndarray) -> Any:
+        return count_nf if sparse_format is None else SPARSE_FORMATS[sparse_format](count_nf)
+
+    names = {"rna": numbered("gene", n_genes)}
+    counts = {"rna": stored(keep(negative_binomial(n_genes)))}
+    if n_regions > 0:
+        names["accessibility"] = numbered("region", n_regions)
+        counts["accessibility"] = stored(keep(negative_binomial(n_regions)))
+    if n_proteins > 0:
+        names["protein_expression"] = numbered("protein", n_proteins)
+        counts["protein_expression"] = stored(negative_binomial(n_proteins))
+
+    obs = pd.DataFrame(index=[str(i) for i in range(n_cells)])
+    obs["batch"] = pd.Categorical(np.repeat(numbered("batch", n_batches), batch_size))
+    if n_labels > 0:
+        obs["labels"] = pd.Categorical(rng.choice(numbered("label", n_labels), size=n_cells))
+    coordinates = {"coordinates": rng.normal(size=(n_cells, 2))} if generate_coordinates else {}
+
+    if return_mudata:
+        return _as_mudata(counts, names, obs, coordinates)
+    extra = {key: counts[key] for key in counts if key != "rna"}
+    uns = {"protein_names": names["protein_expression"]} if n_proteins > 0 else {}
+    return AnnData(counts["rna"], obs=obs, var=pd.DataFrame(index=names["rna"]), obsm={**extra, **coordinates}, uns=uns)
+
+
+def _as_mudata(counts: dict, names: dict, obs: pd.DataFrame, obsm: dict) -> MuData:
+    from anndata import AnnData
+    from mudata import MuData, set_options
+
+    cells = pd.DataFrame(index=obs.index)
+    with set_options(pull_on_update=False):
+        mdata = MuData(
+            {key: AnnData(counts[key], obs=cells.copy(), var=pd.DataFrame(index=names[key])) for key in counts}
+        )
+    mdata.obs = obs
+    for key, value in obsm.items():
+        mdata.obsm[key] = value
+    return mdata
