@@ -22,11 +22,16 @@ def nearest(name: object, options: Iterable[object]) -> str | None:
     'batch'
     >>> nearest("ZINB", ["zinb", "nb"])
     'zinb'
+    >>> nearest("csr", ["csc_matrix", "csr_matrix"])
+    'csr_matrix'
     >>> nearest("donor", ["batch", "label"]) is None
     True
     """
     by_lower_case = {str(option).lower(): str(option) for option in options}
-    found = get_close_matches(str(name).lower(), by_lower_case, n=1)
+    given = str(name).lower()
+    found = get_close_matches(given, by_lower_case, n=1) or [
+        option for option in by_lower_case if len(given) > 1 and option.startswith(given)
+    ]
     return by_lower_case[found[0]] if found else None
 
 

@@ -14,8 +14,8 @@ SHARED = Path(__file__).parents[2] / "shared"
 
 @pytest.fixture(autouse=True)
 def seeded():
-    """Tests and doctests start from the same random state, in whichever order they run."""
-    np.random.seed(0)  # noqa: NPY002: the global state that libraries draw from
+    """A test starts from the same random state, in whichever order they run."""
+    np.random.seed(0)  # noqa: NPY002 (the state that libraries draw from)
     torch.manual_seed(0)
 
 
