@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -40,6 +40,13 @@ class Counts:
     def map(self, function: Any) -> Counts:
         """Apply a function that maps zero to zero (``torch.log1p``) to the non-zeros."""
         return replace(self, value_m=function(self.value_m))
+
+    def to(self, device: torch.device) -> Counts:
+        """The same counts on a device."""
+        if self.start.device == device:
+            return self
+        moved = [t.to(device) for t in (self.start, self.row_m, self.col_m, self.value_m)]
+        return Counts(*moved, self.n_features)
 
     @classmethod
     def from_dense(cls, x_ng: Tensor) -> Counts:
@@ -80,6 +87,13 @@ class Batch:
     def library_n(self) -> Tensor:
         """Log of the total counts; 0 for a cell without counts, whose library is unknown."""
         return torch.where(self.total_n > 0, self.total_n, 1.0).log()
+
+    def to(self, device: torch.device) -> Batch:
+        """The same cells on a device."""
+        if self.row_n.device == device:
+            return self
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(**{name: None if value is None else value.to(device) for name, value in moved.items()})
 
     def with_batch(self, code: int) -> Batch:
         """The same cells, as if all came from batch ``code``."""

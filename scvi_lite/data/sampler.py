@@ -1,0 +1,102 @@
+"""Which rows a rank sees, and in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+
+def split_rows(
+    n_cells: int, train_size: float | None, validation_size: float | None, shuffle: bool, generator: torch.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows for training, validation and test.
+
+    Raises
+    ------
+    ValueError
+        If a share is out of range or leaves no cell to train on.
+
+    Examples
+    --------
+    >>> [len(part) for part in split_rows(10, 0.8, 0.1, True, torch.Generator())]
+    [8, 1, 1]
+    """
+    train_size = (0.9 if validation_size is None else 1 - validation_size) if train_size is None else train_size
+    if not 0 < train_size <= 1:
+        raise ValueError(f"train_size={train_size!r}: a share of the cells in (0, 1] is needed.")
+    if validation_size is not None and not 0 <= validation_size < 1:
+        raise ValueError(f"validation_size={validation_size!r}: a share of the cells in [0, 1) is needed.")
+    if validation_size is not None and train_size + validation_size > 1 + 1e-9:
+        raise ValueError(f"train_size={train_size!r} and validation_size={validation_size!r} add up to more than 1.")
+    n_train = int(np.ceil(train_size * n_cells - 1e-9))
+    rest = n_cells - n_train
+    n_validation = rest if validation_size is None else min(rest, int(np.floor(validation_size * n_cells + 1e-9)))
+    order = torch.randperm(n_cells, generator=generator).numpy() if shuffle else np.arange(n_cells)
+    return tuple(np.split(order, [n_train, n_train + n_validation]))
+
+
+def shard(row_n: Tensor, rank: int, world_size: int) -> Tensor:
+    """The rows of one rank; those of all ranks together are the rows, each once."""
+    return row_n[rank::world_size]
+
+
+class TrainingSampler(Sampler[Tensor]):
+    """Minibatches of one rank's rows, shuffled anew each epoch.
+
+    Every rank takes the same number of steps, and no minibatch has a single cell: a rest of one cell joins the last
+    full minibatch.
+
+    Parameters
+    ----------
+    n_rows
+        Rows of this rank.
+    n_fewest
+        Rows of the rank that has the fewest, from which every rank counts its steps.
+    batch_size
+        Cells in a minibatch, per rank.
+    seed
+        Decides the order, together with the epoch and the rank.
+    """
+
+    def __init__(
+        self, n_rows: int, batch_size: int, seed: int, *, n_fewest: int | None = None, rank: int = 0, drop_last: bool = False
+    ):
+        self.n_rows, self.batch_size, self.seed, self.rank = n_rows, batch_size, seed, rank
+        n_fewest = n_rows if n_fewest is None else n_fewest
+        full, rest = divmod(n_fewest, batch_size)
+        self.drop_last = drop_last and full > 0
+        self.n_steps = full if self.drop_last else max(1, full + (rest >= 2))
+        self.epoch = 0
+        self.skip = 0  # steps of the first epoch that a resumed training has behind it
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called before each epoch by the trainer."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.n_steps
+
+    def __iter__(self) -> Iterator[Tensor]:
+        generator = torch.Generator().manual_seed(hash((self.seed, self.epoch, self.rank)) % (1 << 63))
+        order = torch.randperm(self.n_rows, generator=generator)
+        first, self.skip = self.skip, 0
+        for step in range(first, self.n_steps):
+            last = step == self.n_steps - 1 and not self.drop_last
+            yield order[step * self.batch_size : None if last else (step + 1) * self.batch_size]
+
+
+class SequentialSampler(Sampler[Tensor]):
+    """Minibatches of one rank's rows in order, each row once. A rank without rows gets one empty minibatch."""
+
+    def __init__(self, n_rows: int, batch_size: int):
+        self.n_rows, self.batch_size = n_rows, batch_size
+
+    def __len__(self) -> int:
+        return max(1, -(-self.n_rows // self.batch_size))
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield from torch.arange(self.n_rows).split(self.batch_size)
