@@ -1,0 +1,182 @@
+"""One call of ``lightning.Trainer``: the training of every model."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, ModelCheckpoint
+
+from scvi_lite.data.datamodule import CellDataModule, Split
+from scvi_lite.errors import unknown
+from scvi_lite.train.callbacks import AtomicCheckpointIO, EpochProgressBar, WarmEarlyStopping, graceful_interrupt
+from scvi_lite.train.plan import check_options
+from scvi_lite.train.task import METRICS, Task
+
+# What Lightning says of every small model on a CPU, and its tips; none of it is for our users to mend.
+NOISE = (
+    ".*does not have many workers.*",
+    ".*The number of training batches.*is smaller than the logging interval.*",
+    ".*Checkpoint directory .* exists and is not empty.*",
+    ".*is supported for historical reasons but its usage is discouraged.*",
+    ".*You are resuming from a checkpoint that ended before the epoch ended.*",
+    ".*GPU available but not used.*",
+    ".*isinstance.treespec, LeafSpec.. is deprecated.*",
+)
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """When to stop early and what to keep on the way."""
+
+    early_stopping: bool = False
+    early_stopping_monitor: str = "elbo_validation"
+    early_stopping_min_delta: float = 0.0
+    early_stopping_patience: int = 45
+    early_stopping_warmup_epochs: int = 0
+    early_stopping_mode: str = "min"
+    enable_checkpointing: bool = False
+    checkpointing_monitor: str = "validation_loss"
+    learning_rate_monitor: bool = False
+
+
+def trainer_options(options: Mapping[str, Any]) -> tuple[Stopping, dict[str, Any]]:
+    """Sort the options of ``train`` into ours and those of ``lightning.Trainer``; an unknown one is an error.
+
+    Raises
+    ------
+    TypeError
+        If an option is neither.
+    """
+    ours = [f.name for f in fields(Stopping)]
+    theirs = list(inspect.signature(pl.Trainer).parameters)
+    check_options("train()", options, ours + theirs + ["ckpt_path"])
+    stopping = Stopping(**{k: v for k, v in options.items() if k in ours})
+    return stopping, {k: v for k, v in options.items() if k not in ours}
+
+
+def check_monitors(stopping: Stopping, task: Task, n_validation: int) -> None:
+    """Refuse, before training, to wait for a metric that will not come.
+
+    Raises
+    ------
+    ValueError
+        If a monitored metric does not exist, or is a validation metric and no cells are set aside for validation.
+    """
+    known = [f"{m}_{part}" for part in ("train", "validation") for m in METRICS[1:]] + ["train_loss", "validation_loss"]
+    monitors = {
+        "early_stopping_monitor": stopping.early_stopping_monitor if stopping.early_stopping else None,
+        "checkpointing_monitor": stopping.checkpointing_monitor if stopping.enable_checkpointing else None,
+        "lr_scheduler_metric": task.plan.lr_scheduler_metric if task.plan.reduce_lr_on_plateau else None,
+    }
+    for argument, metric in monitors.items():
+        if metric is None:
+            continue
+        if metric not in known:
+            raise ValueError(unknown(argument, metric, known, "a metric", "Metrics"))
+        if "validation" in metric and n_validation == 0:
+            raise ValueError(
+                f"{argument}={metric!r} needs validation cells, and none are set aside. Give train_size=0.9, or watch "
+                f"{metric.replace('validation', 'train')!r}."
+            )
+    if stopping.early_stopping_mode not in ("min", "max"):
+        raise ValueError(unknown("early_stopping_mode", stopping.early_stopping_mode, ("min", "max")))
+
+
+def fit(task: Task, data: CellDataModule, stopping: Stopping, options: dict[str, Any]) -> pl.Trainer:
+    """Train; returns the trainer when it is done, stopped early, or interrupted."""
+    options = dict(options)
+    callbacks = options.pop("callbacks", None) or []
+    callbacks = [callbacks] if isinstance(callbacks, pl.Callback) else list(callbacks)
+    ckpt_path = options.pop("ckpt_path", None)
+    root = options.setdefault("default_root_dir", "scvi_lite_runs")
+    if stopping.early_stopping:
+        callbacks.append(
+            WarmEarlyStopping(
+                monitor=stopping.early_stopping_monitor,
+                min_delta=stopping.early_stopping_min_delta,
+                patience=stopping.early_stopping_patience,
+                mode=stopping.early_stopping_mode,
+                warmup_epochs=stopping.early_stopping_warmup_epochs,
+            )
+        )
+    if stopping.enable_checkpointing and not any(isinstance(c, Checkpoint) for c in callbacks):
+        best = ModelCheckpoint(
+            dirpath=Path(root) / "checkpoints", monitor=stopping.checkpointing_monitor, save_last=True, filename="best"
+        )
+        callbacks.append(best)
+    if stopping.learning_rate_monitor:
+        callbacks.append(LearningRateMonitor())
+    if options.get("enable_progress_bar", True):
+        callbacks.append(EpochProgressBar())
+    plugins = options.pop("plugins", None) or []
+    plugins = list(plugins) if isinstance(plugins, list | tuple) else [plugins]
+    trainer_defaults = {
+        "logger": False,
+        "num_sanity_val_steps": 0,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+        "log_every_n_steps": 10,
+    }
+    with quiet():
+        trainer = pl.Trainer(
+            callbacks=callbacks,
+            plugins=[*plugins, AtomicCheckpointIO()],
+            enable_checkpointing=any(isinstance(c, Checkpoint) for c in callbacks),
+            **(trainer_defaults | options),
+        )
+        with graceful_interrupt(trainer):
+            trainer.fit(task, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    return trainer
+
+
+def read_checkpoint(path: str | Path, n_cells: int) -> tuple[Split, int, int]:
+    """The split, seed and finished steps of the running epoch that a checkpoint holds.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If it is not a checkpoint of ours, or is of another number of cells.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"ckpt_path={str(path)!r}: there is no such file.")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)["scvi_lite"]
+    except Exception as error:
+        raise ValueError(f"ckpt_path={str(path)!r} is not a checkpoint that train() wrote, or is damaged: {error}") from error
+    if state["n_cells"] != n_cells:
+        raise ValueError(
+            f"ckpt_path={str(path)!r} was written when training on {state['n_cells']} cells; here are {n_cells}. Resume "
+            "with the same AnnData, or start anew without ckpt_path."
+        )
+    indices = {part: rows.numpy() for part, rows in state["indices"].items()}
+    return Split(**indices), state["seed"], state["skip_steps"]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep Lightning's start-up talk from the user."""
+    loggers = [logging.getLogger(f"lightning.{name}") for name in ("pytorch", "fabric")]
+    loggers += [logging.getLogger(f"lightning.pytorch.{name}") for name in ("utilities.rank_zero", "accelerators.cuda")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            for message in NOISE:
+                warnings.filterwarnings("ignore", message)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

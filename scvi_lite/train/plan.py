@@ -1,0 +1,102 @@
+"""How to descend: optimiser, learning-rate schedule and KL warm-up, checked when made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from scvi_lite.errors import nearest, unknown
+
+OPTIMIZERS = ("Adam", "AdamW", "Custom")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Options of the training, given as ``plan_kwargs``.
+
+    Attributes
+    ----------
+    lr, weight_decay, eps, optimizer
+        Of Adam or AdamW.
+    optimizer_creator
+        With ``optimizer="Custom"``: a function from the parameters to a ``torch.optim.Optimizer``.
+    n_epochs_kl_warmup, n_steps_kl_warmup
+        The weight of the KL terms grows linearly from ``min_kl_weight`` to ``max_kl_weight`` over this many epochs
+        or, if given, over this many minibatches (counted over all devices).
+    reduce_lr_on_plateau, lr_factor, lr_patience, lr_threshold, lr_scheduler_metric, lr_min
+        Multiply the learning rate by ``lr_factor`` when the metric has not improved for ``lr_patience`` epochs.
+    compile, compile_kwargs
+        Compile the loss with ``torch.compile``.
+    """
+
+    lr: float = 1e-3
+    weight_decay: float = 1e-6
+    eps: float = 0.01
+    optimizer: str = "Adam"
+    optimizer_creator: Any = None
+    n_epochs_kl_warmup: int | None = 400
+    n_steps_kl_warmup: int | None = None
+    min_kl_weight: float = 0.0
+    max_kl_weight: float = 1.0
+    reduce_lr_on_plateau: bool = False
+    lr_factor: float = 0.6
+    lr_patience: int = 30
+    lr_threshold: float = 0.0
+    lr_scheduler_metric: str = "elbo_validation"
+    lr_min: float = 0.0
+    compile: bool = False
+    compile_kwargs: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(unknown("optimizer", self.optimizer, OPTIMIZERS))
+        if (self.optimizer == "Custom") != (self.optimizer_creator is not None):
+            raise ValueError("optimizer='Custom' and optimizer_creator belong together: give both, or neither.")
+        for name in ("lr", "eps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)!r}: a positive number is needed.")
+        for name in ("weight_decay", "min_kl_weight", "max_kl_weight", "lr_patience", "lr_threshold", "lr_min"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)!r}: a number of zero or more is needed.")
+        if self.min_kl_weight > self.max_kl_weight:
+            raise ValueError(f"min_kl_weight={self.min_kl_weight} is above max_kl_weight={self.max_kl_weight}.")
+        if not 0 < self.lr_factor < 1:
+            raise ValueError(f"lr_factor={self.lr_factor!r}: a number in (0, 1) is needed.")
+
+    def kl_weight(self, epoch: int, step: int) -> float:
+        """The weight of the KL terms at an epoch and a step (a minibatch of any device), both from 0.
+
+        >>> Plan(n_epochs_kl_warmup=4).kl_weight(1, 0), Plan(n_epochs_kl_warmup=None).kl_weight(0, 0)
+        (0.25, 1.0)
+        """
+        done, length = (step, self.n_steps_kl_warmup) if self.n_steps_kl_warmup else (epoch, self.n_epochs_kl_warmup)
+        share = min(1.0, done / length) if length else 1.0
+        return self.min_kl_weight + (self.max_kl_weight - self.min_kl_weight) * share
+
+
+def make_plan(defaults: Plan, options: Mapping[str, Any] | None) -> Plan:
+    """The defaults with ``plan_kwargs``; an unknown option is an error that names the nearest.
+
+    Raises
+    ------
+    TypeError
+        If an option does not exist.
+    """
+    check_options("plan_kwargs", options or {}, [f.name for f in fields(Plan)])
+    return replace(defaults, **(options or {}))
+
+
+def check_options(argument: str, options: Mapping[str, Any], known: list[str]) -> None:
+    """Refuse options that do not exist.
+
+    Raises
+    ------
+    TypeError
+        Names the option, the nearest that exists, and all of them.
+    """
+    for name in options:
+        if name not in known:
+            guess = nearest(name, known)
+            hint = f" Did you mean {guess!r}?" if guess else ""
+            raise TypeError(f"{argument} has no option {name!r}.{hint} It takes: {', '.join(sorted(known))}.")
