@@ -1,0 +1,181 @@
+"""Read models that scvi-tools saved (``model.pt``), without running anything that the file names."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from scvi_lite.errors import listing
+from scvi_lite.io.folder import INFO, SPLITS, SavedModel
+from scvi_lite.io.plain_pickle import Recorded, read_plain
+from scvi_lite.io.scvi_tools_weights import TRANSLATORS, Setup
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FILE = "model.pt"
+NOT_ARGUMENTS = ("adata", "registry", "datamodule")
+
+
+def is_scvi_tools_folder(path: str | Path, prefix: str = "") -> bool:
+    """Whether the folder holds a model of scvi-tools, and none of scvi_lite, with this prefix."""
+    folder = Path(path).expanduser()
+    return (folder / f"{prefix}{FILE}").is_file() and not (folder / f"{prefix}{INFO}").is_file()
+
+
+def read_scvi_tools(path: str | Path, prefix: str = "") -> SavedModel:
+    """Read a model that scvi-tools saved, in our names and layout; the tensors come on the CPU.
+
+    A metric of the history that cannot be read is left out, with a warning.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no ``model.pt``.
+    ValueError
+        The file is damaged, not a model of scvi-tools, asks for more than plain data, or holds a model that has no
+        counterpart here.
+    """
+    file = Path(path).expanduser() / f"{prefix}{FILE}"
+    if not file.is_file():
+        raise FileNotFoundError(f"'{path}' has no {prefix}{FILE}: it is not a model folder of scvi-tools.")
+    content = read_plain(file)
+    try:
+        attributes = content["attr_dict"]
+        registry = attributes["registry_"]
+        class_name, setup = registry["model_name"], registry["field_registries"]
+        weights, names = content["model_state_dict"], content["var_names"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file} is not a model that scvi-tools 1.0 or newer saved, it has no {error}. Load it with the version of "
+            "scvi-tools that wrote it, update that, and save it again."
+        ) from None
+    if class_name not in TRANSLATORS:
+        raise ValueError(
+            f"{file} holds a {class_name}. Models of scvi-tools that can be loaded: {listing(TRANSLATORS)}."
+        )
+    arguments = _arguments(attributes.get("init_params_", {}))
+    return SavedModel(
+        class_name=class_name,
+        arguments=arguments,
+        registry=_registry(class_name, registry.get("setup_args", {}), setup),
+        var_names=_names(names),
+        state=TRANSLATORS[class_name](weights, _setup(setup, arguments)),
+        history=_history(attributes.get("history_") or {}),
+        indices={
+            split: np.asarray(attributes[f"{split}_indices_"], dtype=np.int64)
+            for split in SPLITS
+            if attributes.get(f"{split}_indices_") is not None
+        },
+        is_trained=bool(attributes.get("is_trained_", False)),
+        version=f"scvi-tools {registry.get('scvi_version', 'of unknown version')}",
+    )
+
+
+def _arguments(init_params: dict[str, Any]) -> dict[str, Any]:
+    """The constructor's arguments: the named ones, and those that came through ``**kwargs``, whatever it was called."""
+    merged = dict(init_params.get("non_kwargs", {}))
+    for keywords in init_params.get("kwargs", {}).values():
+        merged |= keywords
+    return {name: _listed(value) for name, value in merged.items() if name not in NOT_ARGUMENTS}
+
+
+def _names(names: Any) -> list[str] | dict[str, list[str]]:
+    if isinstance(names, dict):
+        return {modality: [str(name) for name in of_modality] for modality, of_modality in names.items()}
+    return [str(name) for name in names]
+
+
+def _listed(value: Any) -> Any:
+    """Arrays as lists, inside containers too."""
+    if isinstance(value, dict):
+        return {str(key): _listed(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_listed(entry) for entry in value]
+    return value.tolist() if isinstance(value, np.ndarray) else value
+
+
+def _state(fields: dict[str, Any], name: str) -> dict[str, Any]:
+    return fields.get(name, {}).get("state_registry", {})
+
+
+def _column(argument: str, key: str, categories: Any) -> dict[str, Any]:
+    """A categorical column; scvi-tools makes up a column, ``_scvi_...``, where none was named."""
+    named = None if key.startswith("_scvi_") else key
+    return {"argument": argument, "key": named, "categories": _listed(categories)}
+
+
+def _registry(class_name: str, setup_args: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    """The setup as :class:`scvi_lite.data.registry.Registry` has it."""
+    source = fields.get("X", {}).get("data_registry", {})
+    ours: dict[str, Any] = {
+        "x": {"kind": "matrix", "layer": source.get("attr_key") if source.get("attr_name") == "layers" else None}
+    }
+    for name, theirs, argument in (("batch_n", "batch", "batch_key"), ("label_n", "labels", "labels_key")):
+        if state := _state(fields, theirs):
+            column = _column(argument, state["original_key"], state["categorical_mapping"])
+            ours[name] = {"kind": "categorical", **column}
+    categorical = _state(fields, "extra_categorical_covs").get("mappings", {})
+    ours["cats_nc"] = {
+        "kind": "categoricals",
+        "columns": [_column("categorical_covariate_keys", key, values) for key, values in categorical.items()],
+    }
+    continuous = _state(fields, "extra_continuous_covs").get("columns", ())
+    ours["conts_nd"] = {
+        "kind": "continuouses",
+        "columns": [
+            {"argument": "continuous_covariate_keys", "key": str(key), "positive": False} for key in continuous
+        ],
+    }
+    if key := setup_args.get("size_factor_key"):
+        ours["size_factor_n"] = {"kind": "continuous", "argument": "size_factor_key", "key": key, "positive": True}
+    counts = _state(fields, "X")
+    return {
+        "model_name": class_name,
+        "setup_args": _listed(setup_args),
+        "fields": ours,
+        "n_cells": int(counts.get("n_obs", 0)),
+        "n_features": int(counts.get("n_vars", 0)),
+    }
+
+
+def _setup(fields: dict[str, Any], arguments: dict[str, Any]) -> Setup:
+    """What the layout of the weights depends on."""
+    return Setup(
+        arguments=arguments,
+        n_batches=len(_state(fields, "batch").get("categorical_mapping", [0])),
+        n_cats=tuple(map(len, _state(fields, "extra_categorical_covs").get("mappings", {}).values())),
+        has_size_factor=bool(fields.get("size_factor", {}).get("data_registry")),
+    )
+
+
+def _history(frames: dict[str, Any]) -> dict[str, pd.DataFrame]:
+    """The metrics that can be read, as data frames."""
+    history = {}
+    for name, frame in frames.items():
+        try:
+            history[str(name)] = _frame(str(name), frame)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+            warnings.warn(f"The metric {name!r} of the history cannot be read and is left out.", stacklevel=3)
+    return history
+
+
+def _frame(name: str, frame: Recorded) -> pd.DataFrame:
+    """A data frame of one column, from what pandas wrote: blocks of columns, and the axes."""
+    import pandas as pd
+
+    blocks, (_, index) = frame.state["_mgr"].args
+    (block,) = blocks
+    values = np.array([float(value) for value in np.ravel(block.args[0])])
+    epochs = _epochs(index.args[1])
+    return pd.DataFrame({name: values}, index=pd.Index(epochs, dtype="int64", name="epoch"))
+
+
+def _epochs(index: dict[str, Any]) -> np.ndarray:
+    """Of an Index, which holds its values, or of a RangeIndex, which does not."""
+    if "data" in index:
+        return np.asarray(index["data"], dtype=np.int64)
+    return np.arange(index["start"], index["stop"], index["step"])

@@ -1,0 +1,138 @@
+"""The names and layout of the weights that scvi-tools saves, and ours.
+
+There, a linear layer takes dense inputs joined with one-hot columns of the categorical covariates. Ours keeps a table
+per covariate instead (:class:`scvi_lite.nn.layers.CovariateLinear`), the same numbers transposed. Everything else is a
+matter of names, and each model has a list of rules: the beginning of a name there, as a regular expression, and here;
+None for what we do not keep, such as weights that no gradient reaches.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from scvi_lite.errors import listing
+
+Rules = list[tuple[str, str | None]]
+LINEAR = re.compile(r"(\w+)\.hidden\.blocks\.(\d+)\.linear\.weight")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the layout of the weights depends on."""
+
+    arguments: dict[str, Any]  #: of the constructor
+    n_batches: int
+    n_cats: tuple[int, ...]  #: categories of each categorical covariate
+    has_size_factor: bool
+
+    def covariates(self, with_batch: bool = True) -> list[int]:
+        """Number of one-hot columns of each covariate that has some."""
+        one_hot = with_batch and self.arguments.get("batch_representation", "one-hot") == "one-hot"
+        return [n for n in ((self.n_batches,) if one_hot else ()) + self.n_cats if n > 1]
+
+
+def scvi(weights: dict[str, Any], setup: Setup) -> dict[str, Tensor]:
+    """SCVI: encoder, perhaps a library encoder, decoder, dispersion."""
+    arguments = setup.arguments
+    likelihood = arguments.get("gene_likelihood", "zinb")
+    by_cell = arguments.get("dispersion", "gene") == "gene-cell"
+    latent_library = not (arguments.get("use_observed_lib_size", True) or setup.has_size_factor)
+    poisson = likelihood == "poisson"
+    rules: Rules = [
+        *encoder("z_encoder", "encoder"),
+        *(encoder("l_encoder", "library_encoder") if latent_library else [("l_encoder", None)]),
+        ("library_log_means", "library_prior_loc" if latent_library else None),
+        ("library_log_vars", "library_prior_var" if latent_library else None),
+        *hidden(r"decoder\.px_decoder", "decoder"),
+        (r"decoder\.px_scale_decoder\.0", "decoder.scale"),
+        (r"decoder\.px_dropout_decoder", "decoder.dropout" if likelihood == "zinb" else None),
+        (r"decoder\.px_r_decoder", "decoder.dispersion" if by_cell and not poisson else None),
+        ("px_r", None if by_cell or poisson else "log_theta"),
+        (r"_embeddings_dict\.batch", "batch_embedding"),
+    ]
+    state = rename(weights, rules)
+    in_encoder = setup.covariates() if arguments.get("encode_covariates", False) else []
+    covariates = {"encoder": in_encoder, "library_encoder": in_encoder, "decoder": setup.covariates()}
+    state = split_one_hot(state, covariates, deeply=arguments.get("deeply_inject_covariates", True))
+    for name in {"library_prior_loc", "library_prior_var"} & state.keys():
+        state[name] = state[name].flatten()
+    if "log_theta" in state and state["log_theta"].ndim == 2:
+        state["log_theta"] = state["log_theta"].T.contiguous()
+    return state
+
+
+TRANSLATORS: dict[str, Callable[[dict[str, Any], Setup], dict[str, Tensor]]] = {"SCVI": scvi}
+
+
+def hidden(theirs: str, ours: str) -> Rules:
+    """Rules for a stack of hidden layers."""
+    return [
+        (rf"{theirs}\.fc_layers\.Layer (\d+)\.0", rf"{ours}.hidden.blocks.\1.linear"),
+        (rf"{theirs}\.fc_layers\.Layer (\d+)\.1", rf"{ours}.hidden.blocks.\1.batch_norm"),
+    ]
+
+
+def encoder(theirs: str, ours: str) -> Rules:
+    """Rules for an encoder: hidden layers, mean and variance."""
+    return [
+        *hidden(rf"{theirs}\.encoder", ours),
+        (rf"{theirs}\.mean_encoder", f"{ours}.loc"),
+        (rf"{theirs}\.var_encoder", f"{ours}.log_var"),
+    ]
+
+
+def rename(weights: dict[str, Any], rules: Rules) -> dict[str, Tensor]:
+    """The tensors under our names, by the first rule that fits the beginning of a name.
+
+    >>> import torch
+    >>> rename({"px_r": torch.zeros(2), "l_encoder.bias": torch.zeros(1)}, [("px_r", "log_theta"), ("l_encoder", None)])
+    {'log_theta': tensor([0., 0.])}
+
+    Raises
+    ------
+    ValueError
+        No rule fits a tensor.
+    """
+    state, strange = {}, []
+    for name, tensor in weights.items():
+        if not isinstance(tensor, Tensor):
+            continue  # the (empty) store of another library
+        matches = ((re.match(rf"{theirs}(?=\.|$)", name), ours) for theirs, ours in rules)
+        match, ours = next(((match, ours) for match, ours in matches if match), (None, None))
+        if match is None:
+            strange.append(name)
+        elif ours is not None:
+            state[match.expand(ours) + name[match.end() :]] = tensor
+    if strange:
+        raise ValueError(f"The model has weights that scvi_lite has no place for: {listing(strange)}.")
+    return state
+
+
+def split_one_hot(
+    state: dict[str, Tensor], covariates: dict[str, Sequence[int]], deeply: bool = True
+) -> dict[str, Tensor]:
+    """Cut the one-hot columns, which come last, off the weights of hidden layers and make them tables.
+
+    Parameters
+    ----------
+    state
+        Tensors under our names.
+    covariates
+        By network: the number of columns of each covariate that enters it.
+    deeply
+        Whether the covariates enter each hidden layer, or the first only.
+    """
+    result = {}
+    for name, tensor in state.items():
+        layer = LINEAR.fullmatch(name)
+        sizes = covariates.get(layer[1], ()) if layer and (deeply or layer[2] == "0") else ()
+        dense, *tables = tensor.split([tensor.shape[1] - sum(sizes), *sizes], dim=1) if sizes else [tensor]
+        result[name] = dense.contiguous()
+        for i, table in enumerate(tables):
+            result[f"{name.removesuffix('weight')}tables.{i}"] = table.T.contiguous()
+    return result
