@@ -75,3 +75,23 @@ def unknown(argument: str, name: object, options: Iterable[object], what: str = 
     guess = nearest(name, options)
     hint = f" Did you mean {guess!r}?" if guess is not None else ""
     return f"{argument}={name!r} is not {what}.{hint} {title or 'Options'}: {listing(options)}."
+
+
+def check_options(where: str, options: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse options that do not exist.
+
+    Raises
+    ------
+    TypeError
+        Names the option, the nearest that exists, and all of them.
+
+    >>> check_options("plan_kwargs", {"learning_rate": 1}, ["lr", "eps"])
+    Traceback (most recent call last):
+    TypeError: plan_kwargs has no option 'learning_rate'. It takes: 'eps', 'lr'.
+    """
+    known = list(known)
+    for name in options:
+        if name not in known:
+            guess = nearest(name, known)
+            hint = f" Did you mean {guess!r}?" if guess else ""
+            raise TypeError(f"{where} has no option {name!r}.{hint} It takes: {listing(sorted(known), 80)}.")

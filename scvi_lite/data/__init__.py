@@ -1,0 +1,18 @@
+"""From an AnnData to minibatches; real data that need no download, and simulators."""
+
+from scvi_lite._lazy import lazy
+
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "Batch": "scvi_lite.data.batch",
+        "Counts": "scvi_lite.data.batch",
+        "CellStore": "scvi_lite.data.store",
+        "Registry": "scvi_lite.data.registry",
+        "pbmc68k_reduced": "scvi_lite.data.datasets",
+        "synthetic_iid": "scvi_lite.data.datasets",
+        "simulate": "scvi_lite.data.simulator",
+    },
+)
+
+__all__ = ["Batch", "CellStore", "Counts", "Registry", "pbmc68k_reduced", "simulate", "synthetic_iid"]

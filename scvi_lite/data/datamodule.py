@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from scvi_lite.data.batch import Batch
-from scvi_lite.data.disk import DiskStore
+from scvi_lite.data.disk import LazyStore
 from scvi_lite.data.sampler import SequentialSampler, TrainingSampler, shard
 from scvi_lite.data.store import CellStore
 
@@ -52,7 +52,7 @@ class CellDataModule(pl.LightningDataModule):
         Leave out the cells of an epoch that do not fill a minibatch.
     """
 
-    def __init__(self, store: CellStore | DiskStore, split: Split, batch_size: int, seed: int, drop_last: bool = False):
+    def __init__(self, store: CellStore | LazyStore, split: Split, batch_size: int, seed: int, drop_last: bool = False):
         super().__init__()
         self.store, self.split, self.batch_size = store, split, batch_size
         self.seed, self.drop_last = seed, drop_last

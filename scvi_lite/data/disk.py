@@ -1,16 +1,17 @@
-"""The contract of :class:`~scvi_lite.data.store.CellStore` over a backed file that does not fit in memory."""
+"""The contract of :class:`~scvi_lite.data.store.CellStore` over data that stay where they are, in memory or in a file."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from scipy import sparse
 from torch import Tensor
 
 from scvi_lite.data.batch import Batch
-from scvi_lite.data.fields import CHUNK
 from scvi_lite.data.store import CellStore, cell_tensors, load, read_rows
 
 if TYPE_CHECKING:
@@ -22,25 +23,25 @@ BYTES_PER_NONZERO = 6  # a cautious guess of compact CSR: int16 or int32 columns
 SHARE_OF_MEMORY = 0.5
 
 
-class DiskStore:
-    """Cells of a backed AnnData: ``store[rows]`` reads the counts from the file, the rest is in memory.
+class LazyStore:
+    """Cells of an AnnData, backed or not: ``store[rows]`` reads the counts from where they are.
 
     Parameters
     ----------
     adata
-        Backed AnnData, ``anndata.read_h5ad(path, backed="r")``.
+        The data; backed ones come from ``anndata.read_h5ad(path, backed="r")``.
     registry
-        Its setup.
+        Their setup.
     row_n
-        Cells of this store; all of them if not given.
+        Cells of this store, in its order; all of them if not given.
     """
 
     device = torch.device("cpu")
 
     def __init__(self, adata: AnnData, registry: Registry, row_n: np.ndarray | None = None):
-        self.matrix = registry.read(adata, "x")
+        matrix = registry.read(adata, "x")
+        self.matrix = matrix.tocsr() if sparse.issparse(matrix) else matrix
         self.cells = cell_tensors(adata, registry)
-        self.cells.setdefault("total_n", _totals(self.matrix))
         self.row_n = torch.arange(adata.n_obs) if row_n is None else torch.from_numpy(row_n)
 
     def __len__(self) -> int:
@@ -50,23 +51,29 @@ class DiskStore:
         row_n = self.row_n[row_n]
         counts = read_rows(self.matrix, row_n.numpy())
         cells = {name: values[row_n] for name, values in self.cells.items()}
+        cells.setdefault("total_n", counts.totals())
         return Batch(x=counts.gather(torch.arange(len(counts))), **cells)
 
-    def take(self, row_n: Tensor) -> DiskStore:
+    def take(self, row_n: Tensor) -> LazyStore:
         """A store of some of the cells."""
-        part = object.__new__(DiskStore)
+        part = object.__new__(LazyStore)
         part.matrix, part.cells, part.row_n = self.matrix, self.cells, self.row_n[row_n]
         return part
 
-    def to(self, device: torch.device | str) -> DiskStore:
-        """The same store: minibatches are moved, the file is not."""
+    def to(self, device: torch.device | str) -> LazyStore:
+        """The same store: minibatches are moved, the data are not."""
         return self
 
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """All cells in order."""
+        for row_n in torch.arange(len(self)).split(batch_size):
+            yield self[row_n]
 
-def load_for_training(adata: AnnData, registry: Registry) -> CellStore | DiskStore:
+
+def load_for_training(adata: AnnData, registry: Registry) -> CellStore | LazyStore:
     """All cells in memory where they fit as compact CSR, which a backed file may not; else read as needed."""
     if adata.isbacked and _compact_bytes(registry.read(adata, "x")) > SHARE_OF_MEMORY * _free_memory():
-        return DiskStore(adata, registry)
+        return LazyStore(adata, registry)
     return load(adata, registry)
 
 
@@ -83,10 +90,3 @@ def _free_memory() -> int:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):  # not every system tells
         return 8 << 30
-
-
-def _totals(matrix: Any) -> Tensor:
-    """Total counts of the cells of a matrix on disk, a block of rows at a time."""
-    step = max(1, CHUNK // matrix.shape[1])
-    blocks = (np.arange(i, min(i + step, matrix.shape[0])) for i in range(0, matrix.shape[0], step))
-    return torch.cat([read_rows(matrix, rows).totals() for rows in blocks])

@@ -86,7 +86,7 @@ class Categorical(Field):
     @staticmethod
     def read(adata: AnnData, state: dict[str, Any]) -> np.ndarray:
         """Codes (n,) int64."""
-        if state["key"] is None:
+        if state.get("key") is None:
             return np.zeros(adata.n_obs, dtype=np.int64)
         column = obs_column(adata, state["argument"], state["key"])
         return encode(column, state["categories"], state["argument"], state["key"])
@@ -170,7 +170,30 @@ class Continuouses(Field):
         return np.stack(columns, axis=1) if columns else np.zeros((adata.n_obs, 0), dtype=np.float32)
 
 
-KINDS: dict[str, type[Field]] = {f.kind: f for f in (Matrix, Categorical, Categoricals, Continuous, Continuouses)}
+class Embedding(Field):
+    """A matrix of ``obsm`` (n, k)."""
+
+    kind = "embedding"
+
+    def __init__(self, name: str, argument: str, key: str):
+        super().__init__(name)
+        self.argument, self.key = argument, key
+
+    def register(self, adata: AnnData) -> dict[str, Any]:
+        state = {"argument": self.argument, "key": self.key}
+        self.read(adata, state)
+        return state
+
+    @staticmethod
+    def read(adata: AnnData, state: dict[str, Any]) -> np.ndarray:
+        """Numbers (n, k) float32."""
+        argument, key = state["argument"], state["key"]
+        if key not in adata.obsm:
+            raise UnknownKeyError(unknown(argument, key, adata.obsm.keys(), "a key of adata.obsm", "Keys"))
+        return np.ascontiguousarray(adata.obsm[key], dtype=np.float32)
+
+
+KINDS: dict[str, type[Field]] = {f.kind: f for f in (Matrix, Categorical, Categoricals, Continuous, Continuouses, Embedding)}
 
 
 def check_keys(argument: str, keys: Sequence[str] | None) -> list[str]:

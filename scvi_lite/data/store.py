@@ -141,17 +141,10 @@ def cell_tensors(adata: AnnData, registry: Registry) -> dict[str, Tensor]:
     return tensors
 
 
-def load(adata: AnnData, registry: Registry, row_n: np.ndarray | None = None) -> CellStore:
-    """Read cells (all, or some in the order asked for) into a store on the CPU.
-
-    Backed files are read a block of rows at a time; the whole matrix is never dense.
-    """
-    matrix = registry.read(adata, "x")
-    counts = read_rows(matrix, row_n)
+def load(adata: AnnData, registry: Registry) -> CellStore:
+    """Read all cells into a store on the CPU. Backed files are read a block of rows at a time."""
+    counts = read_rows(registry.read(adata, "x"))
     cells = cell_tensors(adata, registry)
-    if row_n is not None:
-        rows = torch.from_numpy(row_n)
-        cells = {name: values[rows] for name, values in cells.items()}
     cells.setdefault("total_n", counts.totals())
     return CellStore(counts, cells)
 

@@ -183,6 +183,13 @@ class CountVAE(nn.Module, ABC):
             return batch.size_factor_n.log()
         return batch.library_n if posterior.library_loc_n is None else posterior.library_loc_n
 
+    def kl_library(self, batch: Batch, posterior: Posterior) -> Tensor:
+        """KL of the log library against its batch's prior, (n,); zero where the library is not latent."""
+        if posterior.library_loc_n is None:
+            return batch.total_n.new_zeros(batch.n_cells)
+        prior_loc_n, prior_var_n = self.library_prior_loc[batch.batch_n], self.library_prior_var[batch.batch_n]
+        return kl_normal(posterior.library_loc_n, posterior.library_scale_n, prior_loc_n, prior_var_n)
+
     def decode(self, z: Tensor, library_n: Tensor, batch: Batch) -> Rates:
         """The rates of counts at latent ``z`` (..., n, k) and log library (..., n)."""
         c = self.config

@@ -16,9 +16,8 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, ModelCheckpoint
 
 from scvi_lite.data.datamodule import CellDataModule, Split
-from scvi_lite.errors import unknown
+from scvi_lite.errors import check_options, unknown
 from scvi_lite.train.callbacks import AtomicCheckpointIO, EpochProgressBar, WarmEarlyStopping, graceful_interrupt
-from scvi_lite.train.plan import check_options
 from scvi_lite.train.task import METRICS, Task
 
 # What Lightning says of every small model on a CPU, and its tips; none of it is for our users to mend.

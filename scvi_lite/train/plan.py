@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from scvi_lite.errors import nearest, unknown
+from scvi_lite.errors import check_options, unknown
 
 OPTIMIZERS = ("Adam", "AdamW", "Custom")
 
@@ -85,18 +85,3 @@ def make_plan(defaults: Plan, options: Mapping[str, Any] | None) -> Plan:
     """
     check_options("plan_kwargs", options or {}, [f.name for f in fields(Plan)])
     return replace(defaults, **(options or {}))
-
-
-def check_options(argument: str, options: Mapping[str, Any], known: list[str]) -> None:
-    """Refuse options that do not exist.
-
-    Raises
-    ------
-    TypeError
-        Names the option, the nearest that exists, and all of them.
-    """
-    for name in options:
-        if name not in known:
-            guess = nearest(name, known)
-            hint = f" Did you mean {guess!r}?" if guess else ""
-            raise TypeError(f"{argument} has no option {name!r}.{hint} It takes: {', '.join(sorted(known))}.")

@@ -39,6 +39,7 @@ class Task(pl.LightningModule):
         self.epoch_history: dict[str, dict[int, float]] = {}
         self.last_good: dict[str, Tensor] | None = None
         self.resumed: dict[str, Any] | None = None
+        self.was_resumed = False
         self.loss = module.loss
         if plan.compile:
             self.loss = torch.compile(module.loss, **{"fullgraph": True, "dynamic": True, **(plan.compile_kwargs or {})})
@@ -186,7 +187,7 @@ class Task(pl.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.resumed = checkpoint["scvi_lite"]
+        self.resumed, self.was_resumed = checkpoint["scvi_lite"], True
         self.epoch_history = {name: dict(values) for name, values in self.resumed["history"].items()}
 
 

@@ -1,0 +1,23 @@
+"""scvi_lite: deep generative models of single-cell data.
+
+Everything is imported when it is first used, so ``import scvi_lite`` costs next to nothing.
+
+>>> import scvi_lite
+>>> adata = scvi_lite.data.synthetic_iid(n_genes=20)
+>>> scvi_lite.model.SCVI.setup_anndata(adata, batch_key="batch")
+"""
+
+from scvi_lite._lazy import lazy
+from scvi_lite._settings import settings
+
+__version__ = "0.1.0"
+
+MODELS = ("SCVI",)
+
+__getattr__, __dir__ = lazy(
+    __name__,
+    {name: f"scvi_lite.{name}" for name in ("data", "distributions", "model", "plot", "train")}
+    | {name: "scvi_lite.model" for name in MODELS},
+)
+
+__all__ = ["MODELS", "__version__", "data", "distributions", "model", "plot", "settings", "train", *MODELS]

@@ -1,0 +1,572 @@
+"""What all models share: setup, training, saving and loading."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from scvi_lite._settings import settings
+from scvi_lite.data import registry as registries
+from scvi_lite.data.batch import Batch
+from scvi_lite.data.disk import LazyStore, load_for_training
+from scvi_lite.data.fields import Field, Matrix, check_counts
+from scvi_lite.data.registry import Registry
+from scvi_lite.data.sampler import split_rows
+from scvi_lite.errors import check_options, listing, nearest, unknown
+from scvi_lite.train.plan import Plan, make_plan
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from scvi_lite.io.folder import SavedModel
+
+logger = logging.getLogger("scvi_lite")
+
+INFERENCE_BATCH = 1024  # no gradients are kept, so minibatches can be larger than in training
+
+
+class Model(ABC):
+    """Base of all models: holds an AnnData, the setup it was registered with, and a neural module.
+
+    Attributes
+    ----------
+    adata
+        The data the model was made with.
+    registry
+        What the model reads from them.
+    module
+        The neural network.
+    is_trained
+        Whether it has been trained.
+    train_indices, validation_indices, test_indices
+        Rows of the cells used for each; None before training.
+    """
+
+    plan: ClassVar[Plan] = Plan()  #: default options of the training
+
+    def __init__(self, adata: AnnData, arguments: dict[str, Any]):
+        registries.check_anndata(adata)
+        self._build(adata, registries.find(adata, type(self).__name__), arguments)
+
+    def _build(self, adata: AnnData, registry: Registry, arguments: dict[str, Any]) -> None:
+        self.adata, self.registry, self._arguments = adata, registry, arguments
+        self._var_names = adata.var_names.astype(str).tolist()
+        self.is_trained = False
+        self._history: dict[str, pd.DataFrame] = {}
+        self.train_indices: np.ndarray | None = None
+        self.validation_indices: np.ndarray | None = None
+        self.test_indices: np.ndarray | None = None
+        self.module = self._make_module(arguments).eval()
+        self.trainer: Any = None
+
+    @abstractmethod
+    def _make_module(self, arguments: dict[str, Any]) -> nn.Module:
+        """The untrained module; ``arguments`` are those of the constructor. Refuses unknown ones."""
+
+    @classmethod
+    def _register(cls, adata: AnnData, fields: Sequence[Field], setup_args: dict[str, Any]) -> None:
+        registries.register(adata, cls.__name__, fields, setup_args)
+
+    # Data -------------------------------------------------------------------------------------------------------------
+
+    def _check(self, adata: AnnData | None) -> AnnData:
+        """An AnnData that fits the model: the model's own, or a new one with its genes in order."""
+        if adata is None:
+            return self.adata
+        if adata is not self.adata:
+            adata = match_genes(adata, self._var_names)
+            for state in self.registry.fields.values():
+                if state["kind"] == Matrix.kind:
+                    where = "adata.X" if state.get("layer") is None else f"adata.layers[{state['layer']!r}]"
+                    check_counts(Matrix.read(adata, state), where)
+        return adata
+
+    @staticmethod
+    def _rows(adata: AnnData, indices: Any) -> np.ndarray:
+        """Row numbers (n,) int64 from numbers, a mask, or nothing for all cells.
+
+        Raises
+        ------
+        IndexError
+            If a row does not exist.
+        """
+        if indices is None:
+            return np.arange(adata.n_obs)
+        rows = np.asarray(indices)
+        if rows.dtype == bool:
+            if rows.shape != (adata.n_obs,):
+                raise IndexError(f"indices: a mask of {rows.size} cells was given for {adata.n_obs} cells.")
+            return np.flatnonzero(rows)
+        if rows.size == 0:
+            return np.zeros(0, dtype=np.int64)
+        if rows.dtype.kind not in "ui" or rows.ndim != 1:
+            raise IndexError(f"indices: whole numbers or a mask are needed; {rows.dtype} of shape {rows.shape} was given.")
+        if rows.min() < -adata.n_obs or rows.max() >= adata.n_obs:
+            raise IndexError(f"indices: {rows.min()} to {rows.max()} were given; adata has {adata.n_obs} cells.")
+        return np.where(rows < 0, rows + adata.n_obs, rows).astype(np.int64)
+
+    def _minibatches(
+        self, adata: AnnData | None = None, indices: Any = None, batch_size: int | None = None
+    ) -> Iterator[Batch]:
+        """Cells as minibatches on the model's device, in the order of ``indices``, without gradients."""
+        adata = self._check(adata)
+        batch_size = batch_size or settings.batch_size or INFERENCE_BATCH
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size!r}: a whole number of at least 1 is needed.")
+        store = LazyStore(adata, self.registry, self._rows(adata, indices))
+        self.module.eval()
+        for batch in store.batches(batch_size):
+            with torch.inference_mode():
+                yield batch.to(self.device)
+
+    def _batch_codes(self, transform_batch: Any) -> list[int | None]:
+        """Codes of the batches to decode as; ``[None]`` stands for each cell's own.
+
+        Raises
+        ------
+        ValueError
+            If a batch does not exist.
+        """
+        if transform_batch is None:
+            return [None]
+        if isinstance(transform_batch, str | int | np.integer):
+            transform_batch = [transform_batch]
+        known = [str(c) for c in self.registry.categories("batch_n")]
+        codes: list[int | None] = []
+        for name in transform_batch:
+            if name is None:
+                codes.append(None)
+            elif str(name) in known:
+                codes.append(known.index(str(name)))
+            elif isinstance(name, int | np.integer) and 0 <= name < len(known):
+                codes.append(int(name))
+            else:
+                raise ValueError(unknown("transform_batch", name, known, "a batch of this model", "Batches"))
+        return codes
+
+    def get_var_names(self) -> list[str]:
+        """Names of the genes, in the order the model reads them."""
+        return list(self._var_names)
+
+    # Training ---------------------------------------------------------------------------------------------------------
+
+    def train(
+        self,
+        max_epochs: int | None = None,
+        accelerator: str = "auto",
+        devices: int | list[int] | str = "auto",
+        train_size: float | None = None,
+        validation_size: float | None = None,
+        shuffle_set_split: bool = True,
+        batch_size: int | None = None,
+        early_stopping: bool = False,
+        datasplitter_kwargs: Mapping[str, Any] | None = None,
+        plan_kwargs: Mapping[str, Any] | None = None,
+        strategy: Any = "auto",
+        **trainer_kwargs: Any,
+    ) -> None:
+        """Train the model.
+
+        Ctrl-C or the stop button ends training after the minibatch at hand; the model is kept as trained so far. If the
+        loss diverges, the weights of the last good epoch are kept.
+
+        Parameters
+        ----------
+        max_epochs
+            Passes over the training cells; by default 400, and fewer above 20,000 cells:
+            ``min(round(20000 / n_cells * 400), 400)``, at least 1.
+        accelerator, devices, strategy
+            Where to train, as in ``lightning.Trainer``.
+        train_size, validation_size
+            Shares of the cells to train on and to validate with; 0.9 and what is left by default. The rest is set aside
+            as test cells.
+        shuffle_set_split
+            Draw the cells of each share at random; else take them in order.
+        batch_size
+            Cells in a minibatch, per device; 128 by default.
+        early_stopping
+            Stop when ``early_stopping_monitor`` (default ``"elbo_validation"``) has not improved for
+            ``early_stopping_patience`` (45) epochs; see also ``early_stopping_min_delta``, ``early_stopping_mode`` and
+            ``early_stopping_warmup_epochs``.
+        datasplitter_kwargs
+            ``external_indexing``: a list of row numbers for training, validation and test, instead of a random split;
+            ``drop_last``: leave out the cells of an epoch that do not fill a minibatch.
+        plan_kwargs
+            Optimiser, schedules and KL warm-up: see :class:`~scvi_lite.train.plan.Plan`.
+        **trainer_kwargs
+            Every other option of ``lightning.Trainer`` (``precision``, ``callbacks``, ``logger``, ``num_nodes``,
+            ``gradient_clip_val``, ...); ``enable_checkpointing=True`` with ``checkpointing_monitor``, which keeps the best
+            and the last state under ``default_root_dir``; ``learning_rate_monitor``; and ``ckpt_path``, a checkpoint to go
+            on from.
+
+        Raises
+        ------
+        TypeError
+            If an option does not exist.
+        ValueError
+            If a value is out of range, or a metric is monitored that will not come.
+        TrainingDivergedError
+            If the loss becomes NaN or infinite.
+        """
+        from scvi_lite.data.datamodule import CellDataModule, Split
+        from scvi_lite.train import fit as fitting
+        from scvi_lite.train.task import Task, TrainingDivergedError
+
+        self._check_can_train()
+        plan = make_plan(self.plan, plan_kwargs)
+        stopping, options = fitting.trainer_options({"early_stopping": early_stopping, **trainer_kwargs})
+        if max_epochs is None and options.get("max_steps", -1) == -1 and options.get("max_time") is None:
+            max_epochs = heuristic_epochs(self.adata.n_obs)
+        batch_size = batch_size or settings.batch_size or 128
+        check_positive(max_epochs=max_epochs, batch_size=batch_size)
+        more = dict(datasplitter_kwargs or {})
+        check_options("datasplitter_kwargs", more, ["external_indexing", "drop_last"])
+
+        n_cells, skip_steps = self.adata.n_obs, 0
+        if options.get("ckpt_path") is not None:
+            split, seed, skip_steps = fitting.read_checkpoint(options["ckpt_path"], n_cells)
+        else:
+            seed = settings.seed if settings.seed is not None else int(torch.randint(1 << 31, ()))
+            if more.get("external_indexing") is not None:
+                split = Split(*check_external(more["external_indexing"], n_cells))
+            else:
+                generator = torch.Generator().manual_seed(seed)
+                split = Split(*split_rows(n_cells, train_size, validation_size, shuffle_set_split, generator))
+        task = Task(self.module, plan)
+        fitting.check_monitors(stopping, task, len(split.validation))
+        data = CellDataModule(
+            load_for_training(self.adata, self.registry), split, batch_size, seed, more.get("drop_last", False)
+        )
+        data.skip_steps = skip_steps
+        options |= {"max_epochs": max_epochs, "accelerator": accelerator, "devices": devices, "strategy": strategy}
+        try:
+            self.trainer = fitting.fit(task, data, stopping, options)
+        except TrainingDivergedError:
+            self.module.load_state_dict(task.last_good)
+            raise
+        finally:
+            self._adopt(task, data)
+        if self.trainer.interrupted:
+            epoch = max(task.epoch_history.get("elbo_train", {0: 0.0}))
+            warnings.warn(
+                f"Training was interrupted in epoch {epoch} of {max_epochs}. The model is kept as trained so far.",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def _check_can_train(self) -> None:
+        """Refuse what cannot be trained; models add to it."""
+
+    def _adopt(self, task: Any, data: Any) -> None:
+        """Take over the history and the split of a training, however it ended."""
+        self.module.eval()
+        new = {name: pd.Series(values, dtype=np.float64) for name, values in task.epoch_history.items()}
+        if not new:
+            return
+        offset = max((int(frame.index.max()) + 1 for frame in self._history.values()), default=0)
+        for name, values in new.items():
+            values.index = pd.Index(values.index + (0 if task.was_resumed else offset), name="epoch")
+            frame = values.to_frame(name)
+            known = None if task.was_resumed else self._history.get(name)
+            self._history[name] = frame if known is None else pd.concat([known, frame])
+        self.train_indices, self.validation_indices = data.split.train, data.split.validation
+        self.test_indices = data.split.test
+        self.is_trained = True
+
+    @property
+    def history(self) -> dict[str, pd.DataFrame]:
+        """Metrics of the training: for each a frame with one column, indexed by epoch.
+
+        ``elbo_*`` is the negative evidence lower bound per cell, in nats: lower is better.
+        """
+        return self._history
+
+    @property
+    def device(self) -> torch.device:
+        """Where the module is."""
+        return next(self.module.parameters()).device
+
+    def to_device(self, device: str | int | torch.device) -> None:
+        """Move the module: ``"cpu"``, ``"cuda:0"``, or the number of a GPU."""
+        self.module.to(torch.device(device))
+
+    def _warn_if_untrained(self) -> None:
+        if not self.is_trained:
+            warnings.warn(
+                f"This {type(self).__name__} is not trained: its answers are random. Call train() first.",
+                UserWarning,
+                stacklevel=3,
+            )
+
+    # Files ------------------------------------------------------------------------------------------------------------
+
+    def save(
+        self,
+        dir_path: str | Path,
+        prefix: str | None = None,
+        overwrite: bool = False,
+        save_anndata: bool = False,
+        **anndata_write_kwargs: Any,
+    ) -> None:
+        """Save the model to a folder: ``model.safetensors`` and ``model.json``.
+
+        Parameters
+        ----------
+        dir_path
+            The folder.
+        prefix
+            Put before the names of the files.
+        overwrite
+            Replace a model that is there.
+        save_anndata
+            Save the data with it, as ``adata.h5ad``.
+        **anndata_write_kwargs
+            Options of ``AnnData.write_h5ad``.
+
+        Raises
+        ------
+        FileExistsError
+            If the folder holds files and ``overwrite`` is False.
+        """
+        from scvi_lite.io.folder import write_folder
+
+        def write_data(folder: Path) -> None:
+            self.adata.write_h5ad(folder / f"{prefix or ''}adata.h5ad", **anndata_write_kwargs)
+
+        if anndata_write_kwargs and not save_anndata:
+            raise TypeError(
+                f"save() has no option {next(iter(anndata_write_kwargs))!r}; options of AnnData.write_h5ad go with "
+                "save_anndata=True."
+            )
+        write_folder(
+            dir_path,
+            self._to_saved(),
+            prefix=prefix or "",
+            overwrite=overwrite,
+            write_data=write_data if save_anndata else None,
+        )
+
+    def _to_saved(self) -> SavedModel:
+        from scvi_lite import __version__
+        from scvi_lite.io.folder import SavedModel
+
+        split = {"train": self.train_indices, "validation": self.validation_indices, "test": self.test_indices}
+        return SavedModel(
+            class_name=type(self).__name__,
+            arguments=self._arguments,
+            registry=self.registry.to_dict(),
+            var_names=self._var_names,
+            state=self.module.state_dict(),
+            history=self._history,
+            indices={part: rows for part, rows in split.items() if rows is not None},
+            is_trained=self.is_trained,
+            version=__version__,
+        )
+
+    @classmethod
+    def load(
+        cls,
+        dir_path: str | Path,
+        adata: AnnData | None = None,
+        accelerator: str = "auto",
+        device: int | str = "auto",
+        prefix: str | None = None,
+    ) -> Self:
+        """Load a model from a folder that :meth:`save`, or scvi-tools, wrote. No code is run from it.
+
+        Parameters
+        ----------
+        dir_path
+            The folder.
+        adata
+            Data for the model, with the genes it was trained on in any order. Not needed if they were saved with it.
+        accelerator, device
+            Where to put the model; a GPU if there is one.
+        prefix
+            What the names of the files begin with.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no model, or no data.
+        ValueError
+            If the files are damaged or foreign, hold another class, or do not fit ``adata``.
+        """
+        from scvi_lite.io import scvi_tools
+        from scvi_lite.io.folder import read_folder
+
+        prefix = prefix or ""
+        foreign = scvi_tools.is_scvi_tools_folder(dir_path, prefix)
+        saved = scvi_tools.read_scvi_tools(dir_path, prefix) if foreign else read_folder(dir_path, prefix)
+        if saved.class_name != cls.__name__:
+            raise ValueError(
+                f"{dir_path} holds a {saved.class_name}, not a {cls.__name__}. Load it with {saved.class_name}.load(...)."
+            )
+        if adata is None:
+            adata = _read_data(dir_path, prefix)
+        model = cls._from_saved(saved, adata)
+        model.to_device(choose_device(accelerator, device))
+        return model
+
+    @classmethod
+    def _from_saved(cls, saved: SavedModel, adata: AnnData) -> Self:
+        model = cls.__new__(cls)
+        registry = Registry.from_dict(saved.registry)
+        adata = match_genes(adata, saved.var_names)
+        for name in registry.fields:
+            registry.read(adata, name)
+        model._build(adata, registry, saved.arguments)
+        missing, surplus = model.module.load_state_dict(saved.state, strict=False)
+        if missing or surplus:
+            raise ValueError(
+                f"The weights do not fit a {cls.__name__} with these arguments: missing {listing(missing)}, not known "
+                f"{listing(surplus)}."
+            )
+        model.is_trained, model._history = saved.is_trained, saved.history
+        for part, rows in saved.indices.items():
+            setattr(model, f"{part}_indices", rows)
+        return model
+
+    # For people -------------------------------------------------------------------------------------------------------
+
+    def view_anndata_setup(self, adata: AnnData | None = None) -> None:
+        """Print what the model reads from the data: each field, where it is, and its categories."""
+        from rich.console import Console
+        from rich.table import Table
+
+        adata = self._check(adata)
+        table = Table(title=f"{type(self).__name__}: {adata.n_obs} cells × {adata.n_vars} features")
+        for column in ("field", "kind", "where", "what"):
+            table.add_column(column)
+        for name, state in self.registry.fields.items():
+            for where, what in describe_field(state):
+                table.add_row(name, state["kind"], where, what)
+        Console().print(table)
+
+    def __repr__(self) -> str:
+        given = ", ".join(f"{name}={value!r}" for name, value in self._arguments.items())
+        state = "trained" if self.is_trained else "not trained"
+        return f"{type(self).__name__}({given}), {state}, on {self.adata.n_obs} cells × {self.adata.n_vars} features"
+
+
+def describe_field(state: dict[str, Any]) -> list[tuple[str, str]]:
+    """Where a field is in the data and what it holds, a line each."""
+    if "columns" in state:
+        return [line for column in state["columns"] for line in describe_field(column)]
+    if state.get("kind") == Matrix.kind:
+        return [("X" if state.get("layer") is None else f"layers[{state['layer']!r}]", "counts")]
+    if state.get("key") is None:
+        return [("—", "one category")]
+    if "categories" in state:
+        categories = state["categories"]
+        return [(f"obs[{state['key']!r}]", f"{len(categories)} categories: {listing(categories)}")]
+    return [(f"{'obsm' if state.get('kind') == 'embedding' else 'obs'}[{state['key']!r}]", "numbers")]
+
+
+def match_genes(adata: AnnData, var_names: Sequence[str]) -> AnnData:
+    """The data with the model's genes in the model's order; reordered, and said so, where they are not.
+
+    Raises
+    ------
+    ValueError
+        If genes are missing.
+    """
+    registries.check_anndata(adata)
+    here = adata.var_names.astype(str)
+    if len(here) == len(var_names) and np.array_equal(here, var_names):
+        return adata
+    position = here.get_indexer(var_names)
+    missing = [name for name, i in zip(var_names, position, strict=True) if i < 0]
+    if missing:
+        near = nearest(missing[0], here[:20_000])
+        hint = f" The nearest name to {missing[0]!r} is {near!r}." if near else ""
+        raise ValueError(
+            f"adata: {len(missing)} of the model's {len(var_names)} genes are not among adata.var_names: "
+            f"{listing(missing)}.{hint} Names must be those that the model was trained with."
+        )
+    surplus = len(here) - len(var_names)
+    left_out = f" and leaves out {surplus} that it does not know" if surplus else ""
+    warnings.warn(
+        f"The genes of adata are in another order than the model's: a copy with its order is used{left_out}.",
+        UserWarning,
+        stacklevel=4,
+    )
+    return adata[:, position].copy()
+
+
+def heuristic_epochs(n_cells: int) -> int:
+    """Passes over the data when the user does not say: 400, and fewer above 20,000 cells.
+
+    >>> heuristic_epochs(1000), heuristic_epochs(80_000), heuristic_epochs(100_000_000)
+    (400, 100, 1)
+    """
+    return max(1, min(round(20_000 / n_cells * 400), 400))
+
+
+def check_positive(**numbers: int | None) -> None:
+    """Refuse what is not a whole number of at least 1 (or -1, Lightning's word for no limit of epochs)."""
+    for name, value in numbers.items():
+        allowed = value is None or (isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= 1)
+        if not (allowed or (name == "max_epochs" and value == -1)):
+            raise ValueError(f"{name}={value!r}: a whole number of at least 1 is needed.")
+
+
+def check_external(parts: Sequence[Any], n_cells: int) -> list[np.ndarray]:
+    """Row numbers for training, validation and test that a user gave.
+
+    Raises
+    ------
+    ValueError
+        If a row is out of range or in two parts, or there are none to train on.
+    """
+    rows = [np.zeros(0, np.int64) if part is None else np.asarray(part) for part in parts]
+    rows += [np.zeros(0, np.int64)] * (3 - len(rows))
+    rows = [np.flatnonzero(part) if part.dtype == bool else part.astype(np.int64) for part in rows]
+    joined = np.concatenate(rows)
+    if len(rows) > 3 or len(rows[0]) == 0:
+        raise ValueError(
+            "external_indexing: a list of up to three arrays of row numbers is needed: training (not empty), validation, test."
+        )
+    if joined.min() < 0 or joined.max() >= n_cells:
+        raise ValueError(f"external_indexing: rows {joined.min()} to {joined.max()} were given; there are {n_cells} cells.")
+    if len(np.unique(joined)) < len(joined):
+        raise ValueError("external_indexing: a row is given twice; each cell is for training, validation or test.")
+    return rows
+
+
+def choose_device(accelerator: str, device: int | str | torch.device) -> torch.device:
+    """The device that ``accelerator`` and ``device`` name.
+
+    >>> choose_device("cpu", "auto")
+    device(type='cpu')
+    """
+    if isinstance(device, torch.device) or (isinstance(device, str) and device != "auto"):
+        return torch.device(device)
+    number = "" if device == "auto" else f":{device}"
+    kinds = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if accelerator in ("auto", "gpu"):
+        accelerator = next(kind for kind, there in kinds.items() if there)
+    if accelerator not in kinds:
+        raise ValueError(unknown("accelerator", accelerator, ["auto", "gpu", *kinds]))
+    return torch.device(accelerator + (number if accelerator == "cuda" else ""))
+
+
+def _read_data(dir_path: str | Path, prefix: str) -> AnnData:
+    """The data that were saved with a model."""
+    import anndata
+
+    path = Path(dir_path).expanduser() / f"{prefix}adata.h5ad"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{dir_path} holds no {path.name}: the model was saved without its data. Give them: load(..., adata=adata)."
+        )
+    return anndata.read_h5ad(path)

@@ -1,0 +1,64 @@
+"""From a user's arguments and the setup of the data to the configuration of a network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scvi_lite.data.store import read_rows
+from scvi_lite.errors import check_options
+from scvi_lite.nn.layers import VARIANCE
+from scvi_lite.nn.vae import VAEConfig
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from scvi_lite.data.registry import Registry
+
+FROM_DATA = ("n_genes", "n_batches", "n_labels", "n_cats", "n_conts", "use_size_factor")
+
+
+def configure(registry: Registry, arguments: Mapping[str, Any]) -> VAEConfig:
+    """The network's configuration: sizes from the data, options from the user.
+
+    Raises
+    ------
+    TypeError
+        If an argument does not exist; the message names the nearest.
+    """
+    options = dict(arguments)
+    if (embedding := options.pop("batch_embedding_kwargs", None)) is not None:
+        check_options("batch_embedding_kwargs", embedding, ["embedding_dim"])
+        options["batch_embedding_dim"] = embedding.get("embedding_dim", 5)
+    names = {function: name for name, function in VARIANCE.items()}
+    activation = options.pop("var_activation", None)
+    options["var_activation"] = names.get(activation, activation or "exp")
+    known = [f.name for f in fields(VAEConfig) if f.name not in FROM_DATA]
+    check_options("The model", options, [*known, "batch_embedding_kwargs"])
+    return VAEConfig(
+        n_genes=registry.n_features,
+        n_batches=registry.n_batches,
+        n_labels=registry.n_labels,
+        n_cats=tuple(len(column["categories"]) for column in registry.fields["cats_nc"]["columns"]),
+        n_conts=len(registry.fields["conts_nd"]["columns"]),
+        use_size_factor="size_factor_n" in registry.fields,
+        **options,
+    )
+
+
+def library_prior(adata: AnnData, registry: Registry) -> tuple[Tensor, Tensor]:
+    """Mean and variance of the log total counts in each batch, each (b,); cells without counts are left out."""
+    total_n = read_rows(registry.read(adata, "x")).totals().numpy().astype(np.float64)
+    batch_n = registry.read(adata, "batch_n")
+    loc_b, var_b = np.zeros(registry.n_batches), np.ones(registry.n_batches)
+    for b in range(registry.n_batches):
+        log_total = np.log(total_n[(batch_n == b) & (total_n > 0)])
+        if len(log_total):
+            loc_b[b] = log_total.mean()
+            var_b[b] = max(log_total.var(), 1e-4)  # cells of one size would make an improper prior
+    return torch.from_numpy(loc_b).float(), torch.from_numpy(var_b).float()
