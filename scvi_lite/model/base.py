@@ -241,7 +241,7 @@ class Model(ABC):
             else:
                 generator = torch.Generator().manual_seed(seed)
                 split = Split(*split_rows(n_cells, train_size, validation_size, shuffle_set_split, generator))
-        task = Task(self.module, plan)
+        task = Task(self.module.train(), plan)
         fitting.check_monitors(stopping, task, len(split.validation))
         data = CellDataModule(
             load_for_training(self.adata, self.registry), split, batch_size, seed, more.get("drop_last", False)
@@ -249,13 +249,13 @@ class Model(ABC):
         data.skip_steps = skip_steps
         options |= {"max_epochs": max_epochs, "accelerator": accelerator, "devices": devices, "strategy": strategy}
         try:
-            self.trainer = fitting.fit(task, data, stopping, options)
+            self.trainer, interrupted = fitting.fit(task, data, stopping, options)
         except TrainingDivergedError:
             self.module.load_state_dict(task.last_good)
             raise
         finally:
             self._adopt(task, data)
-        if self.trainer.interrupted:
+        if interrupted:
             epoch = max(task.epoch_history.get("elbo_train", {0: 0.0}))
             warnings.warn(
                 f"Training was interrupted in epoch {epoch} of {max_epochs}. The model is kept as trained so far.",

@@ -93,24 +93,28 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         os.replace(part, path)
 
 
-@contextmanager
-def graceful_interrupt(trainer: pl.Trainer) -> Iterator[None]:
+class Interrupt:
     """Ctrl-C or the stop button ends training after the minibatch at hand; a second one at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
-    def stop(signum: int, frame: FrameType | None) -> None:
-        if trainer.should_stop:
+    def __init__(self, trainer: pl.Trainer):
+        self.trainer = trainer
+        self.requested = False
+
+    def _stop(self, signum: int, frame: FrameType | None) -> None:
+        if self.requested:
             raise KeyboardInterrupt
-        trainer.should_stop = True
-        trainer.interrupted = True
+        self.requested = self.trainer.should_stop = True
 
-    trainer.interrupted = False
-    before = signal.signal(signal.SIGINT, stop)
-    try:
-        yield
-    except SystemExit:  # Lightning turns the second interrupt into the end of the process
-        raise KeyboardInterrupt from None
-    finally:
-        signal.signal(signal.SIGINT, before)
+    @contextmanager
+    def handled(self) -> Iterator[None]:
+        """Handle interrupts here; only the main thread can."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGINT, self._stop)
+        try:
+            yield
+        except SystemExit:  # Lightning turns the second interrupt into the end of the process
+            raise KeyboardInterrupt from None
+        finally:
+            signal.signal(signal.SIGINT, before)

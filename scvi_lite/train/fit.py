@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, ModelCh
 
 from scvi_lite.data.datamodule import CellDataModule, Split
 from scvi_lite.errors import check_options, unknown
-from scvi_lite.train.callbacks import AtomicCheckpointIO, EpochProgressBar, WarmEarlyStopping, graceful_interrupt
+from scvi_lite.train.callbacks import AtomicCheckpointIO, EpochProgressBar, Interrupt, WarmEarlyStopping
 from scvi_lite.train.task import METRICS, Task
 
 # What Lightning says of every small model on a CPU, and its tips; none of it is for our users to mend.
@@ -90,8 +90,8 @@ def check_monitors(stopping: Stopping, task: Task, n_validation: int) -> None:
         raise ValueError(unknown("early_stopping_mode", stopping.early_stopping_mode, ("min", "max")))
 
 
-def fit(task: Task, data: CellDataModule, stopping: Stopping, options: dict[str, Any]) -> pl.Trainer:
-    """Train; returns the trainer when it is done, stopped early, or interrupted."""
+def fit(task: Task, data: CellDataModule, stopping: Stopping, options: dict[str, Any]) -> tuple[pl.Trainer, bool]:
+    """Train; gives the trainer, and whether the user interrupted."""
     options = dict(options)
     callbacks = options.pop("callbacks", None) or []
     callbacks = [callbacks] if isinstance(callbacks, pl.Callback) else list(callbacks)
@@ -132,9 +132,10 @@ def fit(task: Task, data: CellDataModule, stopping: Stopping, options: dict[str,
             enable_checkpointing=any(isinstance(c, Checkpoint) for c in callbacks),
             **(trainer_defaults | options),
         )
-        with graceful_interrupt(trainer):
+        interrupt = Interrupt(trainer)
+        with interrupt.handled():
             trainer.fit(task, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
-    return trainer
+    return trainer, interrupt.requested
 
 
 def read_checkpoint(path: str | Path, n_cells: int) -> tuple[Split, int, int]:
