@@ -75,8 +75,15 @@ def test_links_between_documents(path):
     assert not [target for target in targets if not (path.parent / target).exists()]
 
 
-def test_readme_commands_exist():
-    """Each `make` target and each subcommand that the README names is there."""
+def test_python_of_the_readme_runs(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    code = code.replace("max_epochs=20", "max_epochs=2")
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} >= {"umap.png", "my_model"}
+
+
+def test_make_targets_of_the_readme_exist():
     readme = (ROOT / "README.md").read_text()
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     assert set(re.findall(r"\bmake ([a-z-]+)", readme)) <= targets
