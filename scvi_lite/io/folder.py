@@ -27,7 +27,7 @@ FORMAT_VERSION = 1
 INFO = "model.json"
 WEIGHTS = "model.safetensors"
 SPLITS = ("train", "validation", "test")
-REQUIRED = {
+REQUIRED: dict[str, type | tuple[type, ...]] = {
     "class": str,
     "arguments": dict,
     "registry": dict,
@@ -277,8 +277,11 @@ def _history_column(frame: pd.DataFrame) -> dict[str, list]:
 def _history_frame(name: str, column: dict[str, list]) -> pd.DataFrame:
     import pandas as pd
 
-    epochs = pd.Index(column["epoch"], dtype="int64", name="epoch")
-    return pd.DataFrame({name: [float(value) for value in column["value"]]}, index=epochs, dtype="float64")
+    try:
+        epochs = pd.Index(column["epoch"], dtype="int64", name="epoch")
+        return pd.DataFrame({name: [float(value) for value in column["value"]]}, index=epochs, dtype="float64")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"model.json is damaged: the history of '{name}' cannot be read, {error}.") from None
 
 
 def _check_weights(file: Path, weights: bytes, expected: dict[str, Any]) -> None:

@@ -38,10 +38,10 @@ class Recorded:
 class _Dtype(Recorded):
     def numpy(self) -> np.dtype:
         """The dtype: numbers, text, bytes or objects; no records."""
-        code, order = str(self.args[0]), str(self.state[1]) if self.state else "="
-        if not re.fullmatch(r"[biufcOSU]\d+", code) or order not in "<>=|":
+        code = f"{self.state[1] if self.state else '='}{self.args[0]}"
+        if not re.fullmatch(r"[<>=|][biufcOSU]\d+", code):
             raise ValueError(f"an array of dtype {code!r}")
-        return np.dtype("O") if code[0] == "O" else np.dtype(code).newbyteorder(order)
+        return np.dtype("O") if code[1] == "O" else np.dtype(code)
 
 
 class _Array(Recorded):
@@ -49,7 +49,7 @@ class _Array(Recorded):
         """The array."""
         _, shape, dtype, is_fortran, data = self.state
         if dtype.numpy().kind == "O":
-            flat = np.fromiter(map(_plain, data), dtype=object, count=len(data))
+            flat = np.fromiter(map(plain, data), dtype=object, count=len(data))
         else:
             flat = np.frombuffer(data, dtype.numpy()).copy()
         return flat.reshape(shape, order="F" if is_fortran else "C")
@@ -87,32 +87,35 @@ STAND_INS: dict[str, type] = {
     "scvi.utils._attrdict.attrdict": _Dict,
     **{f"builtins.{name}": Recorded for name in ("slice", "list", "int", "float", "str", "bool", "range")},
 }
-DAMAGE = (UnpicklingError, RuntimeError, EOFError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
+DAMAGE = (
+    UnpicklingError, OSError, RuntimeError, EOFError, TypeError, ValueError, AttributeError, LookupError,
+    AssertionError,
+)  # fmt: skip
 RECORDED_ONLY = ("pandas.", "pyarrow.", "torch.distributions.constraints.")
 
 
 def read_plain(file: str | Path) -> Any:
     """The contents of a file of ``torch.save``: containers, numbers, text, tensors on the CPU, and arrays.
 
-    Objects of pandas come as :class:`Recorded`.
+    Objects of pandas come as :class:`Recorded`; what they hold is for :func:`plain`.
 
     Raises
     ------
     ValueError
         The file is damaged, or names something that plain data does not need.
     """
-    refused = []
-    try:
-        with _allowing_nothing():
-            named = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-            stand_ins = [(_stand_in(name), name) for name in named]
-            refused = sorted(name for stand_in, name in stand_ins if stand_in is None)
+    with open(file, "rb") as handle, _allowing_nothing():
+        try:
+            named = torch.serialization.get_unsafe_globals_in_checkpoint(handle)
+            stand_ins = [(stand_in, name) for name in named if (stand_in := _stand_in(name))]
+            refused = sorted(set(named) - {name for _, name in stand_ins})
             if not refused:
-                torch.serialization.add_safe_globals(stand_ins)
-                return _plain(torch.load(file, map_location="cpu", weights_only=True))
-    except DAMAGE as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{file} is damaged, or was not written by torch.save: {reason}") from error
+                torch.serialization.add_safe_globals(list(stand_ins))
+                handle.seek(0)
+                return plain(torch.load(handle, map_location="cpu", weights_only=True))
+        except DAMAGE as error:
+            reason = str(error).strip().split("\n")[0]
+            raise ValueError(f"{file} is damaged, or was not written by torch.save: {reason}") from error
     raise ValueError(
         f"{file} asks for {', '.join(refused)}. Data need no such thing; it could run code, so the file is not read. "
         "If you trust its source, load it with the program that wrote it and save it again as plain data."
@@ -137,12 +140,16 @@ def _stand_in(name: str) -> type | None:
     return STAND_INS.get(name)
 
 
-def _plain(value: Any) -> Any:
-    """Recorded arrays and numbers as what they are, inside containers too."""
+def plain(value: Any) -> Any:
+    """Recorded arrays and numbers as what they are, inside containers too; other recorded objects stay.
+
+    Raises
+    ------
+    ValueError
+        An array holds something else than numbers, text or objects.
+    """
     if isinstance(value, dict):
-        return {_plain(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value
-    if isinstance(value, _Array | _Scalar):
-        return value.numpy()
-    return value
+        return {plain(key): plain(entry) for key, entry in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(plain, value))
+    return value.numpy() if isinstance(value, _Array | _Scalar) else value

@@ -10,7 +10,7 @@ import numpy as np
 
 from scvi_lite.errors import listing
 from scvi_lite.io.folder import INFO, SPLITS, SavedModel
-from scvi_lite.io.plain_pickle import Recorded, read_plain
+from scvi_lite.io.plain_pickle import Recorded, plain, read_plain
 from scvi_lite.io.scvi_tools_weights import TRANSLATORS, Setup
 
 if TYPE_CHECKING:
@@ -44,26 +44,26 @@ def read_scvi_tools(path: str | Path, prefix: str = "") -> SavedModel:
         raise FileNotFoundError(f"'{path}' has no {prefix}{FILE}: it is not a model folder of scvi-tools.")
     content = read_plain(file)
     try:
-        attributes = content["attr_dict"]
-        registry = attributes["registry_"]
-        class_name, setup = registry["model_name"], registry["field_registries"]
-        weights, names = content["model_state_dict"], content["var_names"]
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"{file} is not a model that scvi-tools 1.0 or newer saved, it has no {error}. Load it with the version of "
-            "scvi-tools that wrote it, update that, and save it again."
-        ) from None
+        return _translate(content)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{file} cannot be loaded as a model of scvi-tools 1.0 or newer: {reason}.") from error
+
+
+def _translate(content: dict[str, Any]) -> SavedModel:
+    """The contents of a model.pt in our names and layout."""
+    attributes = content["attr_dict"]
+    registry = attributes["registry_"]
+    class_name, fields = registry["model_name"], registry["field_registries"]
     if class_name not in TRANSLATORS:
-        raise ValueError(
-            f"{file} holds a {class_name}. Models of scvi-tools that can be loaded: {listing(TRANSLATORS)}."
-        )
+        raise ValueError(f"it is a {class_name}; there is a counterpart of {listing(TRANSLATORS)}")
     arguments = _arguments(attributes.get("init_params_", {}))
     return SavedModel(
         class_name=class_name,
         arguments=arguments,
-        registry=_registry(class_name, registry.get("setup_args", {}), setup),
-        var_names=_names(names),
-        state=TRANSLATORS[class_name](weights, _setup(setup, arguments)),
+        registry=_registry(class_name, registry.get("setup_args", {}), fields),
+        var_names=_names(content["var_names"]),
+        state=TRANSLATORS[class_name](content["model_state_dict"], _setup(fields, arguments)),
         history=_history(attributes.get("history_") or {}),
         indices={
             split: np.asarray(attributes[f"{split}_indices_"], dtype=np.int64)
@@ -84,18 +84,21 @@ def _arguments(init_params: dict[str, Any]) -> dict[str, Any]:
 
 
 def _names(names: Any) -> list[str] | dict[str, list[str]]:
+    names = _listed(names)
     if isinstance(names, dict):
         return {modality: [str(name) for name in of_modality] for modality, of_modality in names.items()}
     return [str(name) for name in names]
 
 
 def _listed(value: Any) -> Any:
-    """Arrays as lists, inside containers too."""
+    """Plain data, with lists for arrays; anything else is refused."""
     if isinstance(value, dict):
         return {str(key): _listed(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_listed(entry) for entry in value]
-    return value.tolist() if isinstance(value, np.ndarray) else value
+    if isinstance(value, list | tuple | np.ndarray):
+        return [_listed(entry) for entry in (value.tolist() if isinstance(value, np.ndarray) else value)]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise ValueError(f"a {type(value).__name__} is not plain data")
 
 
 def _state(fields: dict[str, Any], name: str) -> dict[str, Any]:
@@ -159,7 +162,7 @@ def _history(frames: dict[str, Any]) -> dict[str, pd.DataFrame]:
         try:
             history[str(name)] = _frame(str(name), frame)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-            warnings.warn(f"The metric {name!r} of the history cannot be read and is left out.", stacklevel=3)
+            warnings.warn(f"The metric {name!r} of the history cannot be read and is left out.", stacklevel=4)
     return history
 
 
@@ -169,8 +172,8 @@ def _frame(name: str, frame: Recorded) -> pd.DataFrame:
 
     blocks, (_, index) = frame.state["_mgr"].args
     (block,) = blocks
-    values = np.array([float(value) for value in np.ravel(block.args[0])])
-    epochs = _epochs(index.args[1])
+    values = np.array([float(value) for value in np.ravel(plain(block.args[0]))])
+    epochs = _epochs(plain(index.args[1]))
     return pd.DataFrame({name: values}, index=pd.Index(epochs, dtype="int64", name="epoch"))
 
 

@@ -9,7 +9,7 @@ None for what we do not keep, such as weights that no gradient reaches.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +54,7 @@ def scvi(weights: dict[str, Any], setup: Setup) -> dict[str, Tensor]:
         (r"decoder\.px_r_decoder", "decoder.dispersion" if by_cell and not poisson else None),
         ("px_r", None if by_cell or poisson else "log_theta"),
         (r"_embeddings_dict\.batch", "batch_embedding"),
+        ("pyro_param_store", None),
     ]
     state = rename(weights, rules)
     in_encoder = setup.covariates() if arguments.get("encode_covariates", False) else []
@@ -100,21 +101,19 @@ def rename(weights: dict[str, Any], rules: Rules) -> dict[str, Tensor]:
     """
     state, strange = {}, []
     for name, tensor in weights.items():
-        if not isinstance(tensor, Tensor):
-            continue  # the (empty) store of another library
         matches = ((re.match(rf"{theirs}(?=\.|$)", name), ours) for theirs, ours in rules)
         match, ours = next(((match, ours) for match, ours in matches if match), (None, None))
-        if match is None:
+        if match is None or not (ours is None or isinstance(tensor, Tensor)):
             strange.append(name)
         elif ours is not None:
             state[match.expand(ours) + name[match.end() :]] = tensor
     if strange:
-        raise ValueError(f"The model has weights that scvi_lite has no place for: {listing(strange)}.")
+        raise ValueError(f"there is no place for its weights {listing(strange)}")
     return state
 
 
 def split_one_hot(
-    state: dict[str, Tensor], covariates: dict[str, Sequence[int]], deeply: bool = True
+    state: dict[str, Tensor], covariates: Mapping[str, Sequence[int]], deeply: bool = True
 ) -> dict[str, Tensor]:
     """Cut the one-hot columns, which come last, off the weights of hidden layers and make them tables.
 
