@@ -68,6 +68,8 @@ def training_curves(
     >>> training_curves(history).get_ylabel()
     'negative ELBO (nats per cell)'
     """
+    from matplotlib.ticker import MaxNLocator
+
     history: Mapping[str, pd.DataFrame] = (
         model_or_history if isinstance(model_or_history, Mapping) else model_or_history.history
     )
@@ -85,7 +87,7 @@ def training_curves(
     labels = {"elbo": "negative ELBO", "reconstruction_loss": "reconstruction loss", "kl_local": "KL divergence"}
     ax.set_xlabel("epoch")
     ax.set_ylabel(f"{labels.get(metric, metric)} (nats per cell)" if metric in labels else metric)
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     _leave_out_the_first_drop(ax, list(curves.values()))
     if len(curves) > 1:
         ax.legend(frameon=False)
@@ -194,7 +196,8 @@ def _scatter(ax: Axes, xy_n2: np.ndarray, value: pd.Series) -> None:
     known_n = value.notna().to_numpy()
     ax.scatter(*xy_n2[~known_n].T, color="#DDDDDD", **style)
     if not isinstance(value.dtype, pd.CategoricalDtype):
-        drawn = ax.scatter(*xy_n2[known_n].T, c=value[known_n], cmap="viridis", **style)
+        x_n, y_n = xy_n2[known_n].T
+        drawn = ax.scatter(x_n, y_n, c=value[known_n], cmap="viridis", **style)
         ax.figure.colorbar(drawn, ax=ax, shrink=0.7).outline.set_visible(False)
         return
     value = value.cat.remove_unused_categories()
@@ -204,7 +207,7 @@ def _scatter(ax: Axes, xy_n2: np.ndarray, value: pd.Series) -> None:
     for first in range(0, len(categories), len(palette)):
         rows = known_n & (code_n >= first) & (code_n < first + len(palette))
         marker = MARKERS[first // len(palette) % len(MARKERS)]
-        ax.scatter(*xy_n2[rows].T, c=palette[code_n[rows] - first], marker=marker, **style)
+        ax.scatter(xy_n2[rows, 0], xy_n2[rows, 1], c=palette[code_n[rows] - first], marker=marker, **style)
         for color, category in zip(palette, categories[first : first + len(palette)], strict=False):
             ax.scatter([], [], color=color, marker=marker, label=str(category), s=28)
     if value.name is not None:
@@ -299,11 +302,10 @@ def _change_and_evidence(table: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, n
 
 def _label_points(ax: Axes, x_g: np.ndarray, y_g: np.ndarray, chosen: Sequence[int], names: Sequence[str]) -> None:
     """Name points in the order given, each where its name covers no other name or point, else not at all."""
-    from matplotlib.text import Text
+    from matplotlib.text import Annotation, Text
 
-    figure = ax.figure
-    figure.canvas.draw()
-    renderer, taken = figure.canvas.get_renderer(), list[Any]()
+    ax.get_figure(root=True).draw_without_rendering()
+    taken: list[Any] = []
     points = ax.transData.transform(np.column_stack([x_g, y_g])[chosen])
     offsets = [(side * reach, rise) for rise in (4, -8, 14, -18, 26, -30) for reach in (6, 16) for side in (1, -1)]
     for gene in chosen:
@@ -313,8 +315,8 @@ def _label_points(ax: Axes, x_g: np.ndarray, y_g: np.ndarray, chosen: Sequence[i
                 ha="left" if dx > 0 else "right", annotation_clip=True,
                 arrowprops={"arrowstyle": "-", "linewidth": 0.5, "color": "#666666", "shrinkA": 0, "shrinkB": 2},
             )  # fmt: skip
-            text.update_positions(renderer)
-            box = Text.get_window_extent(text, renderer).padded(1)
+            Annotation.get_window_extent(text)  # moves the text to its place, and measures it with its arrow
+            box = Text.get_window_extent(text).padded(1)
             inside = ax.bbox.contains(box.x0, box.y0) and ax.bbox.contains(box.x1, box.y1)
             covers = any(box.contains(*point) for point in points) or any(box.overlaps(other) for other in taken)
             if inside and not covers:

@@ -15,7 +15,7 @@ SHARED = Path(__file__).parents[2] / "shared"
 @pytest.fixture(autouse=True)
 def seeded():
     """A test starts from the same random state, in whichever order they run."""
-    np.random.seed(0)  # noqa: NPY002 (the state that libraries draw from)
+    np.random.seed(0)
     torch.manual_seed(0)
 
 

@@ -86,9 +86,9 @@ def test_synthetic_iid_as_mudata():
 
 
 def test_synthetic_iid_follows_the_global_seed():
-    np.random.seed(3)  # noqa: NPY002
+    np.random.seed(3)
     first = synthetic_iid().X
-    np.random.seed(3)  # noqa: NPY002
+    np.random.seed(3)
     assert np.array_equal(first, synthetic_iid().X)
     assert not np.array_equal(first, synthetic_iid().X)
 

@@ -120,7 +120,7 @@ def synthetic_iid(
         raise ValueError(unknown("sparse_format", sparse_format, SPARSE_FORMATS, "a sparse format", "Formats"))
     if min(batch_size, n_batches, n_genes) < 1:
         raise ValueError("synthetic_iid needs batch_size, n_batches and n_genes of at least 1.")
-    rng = np.random.default_rng(np.random.randint(2**31) if seed is None else seed)  # noqa: NPY002 (obeys settings.seed)
+    rng = np.random.default_rng(np.random.randint(2**31) if seed is None else seed)
     n_cells = batch_size * n_batches
 
     def negative_binomial(n_features: int) -> np.ndarray:
