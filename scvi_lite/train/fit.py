@@ -17,7 +17,17 @@ from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, ModelCh
 
 from scvi_lite.data.datamodule import CellDataModule, Split
 from scvi_lite.errors import check_options, unknown
-from scvi_lite.train.callbacks import AtomicCheckpointIO, EpochProgressBar, Interrupt, WarmEarlyStopping
+from scvi_lite.train import strategies
+from scvi_lite.train.callbacks import (
+    AtomicCheckpointIO,
+    LocalProgress,
+    Progress,
+    StopFlag,
+    StopTogether,
+    WarmEarlyStopping,
+    handle_interrupts,
+)
+from scvi_lite.train.strategies import as_list
 from scvi_lite.train.task import METRICS, Task
 
 # What Lightning says of every small model on a CPU, and its tips; none of it is for our users to mend.
@@ -90,13 +100,55 @@ def check_monitors(stopping: Stopping, task: Task, n_validation: int) -> None:
         raise ValueError(unknown("early_stopping_mode", stopping.early_stopping_mode, ("min", "max")))
 
 
-def fit(task: Task, data: CellDataModule, stopping: Stopping, options: dict[str, Any]) -> tuple[pl.Trainer, bool]:
-    """Train; gives the trainer, and whether the user interrupted."""
+def fit(task: Task, data: CellDataModule, stopping: Stopping, options: dict[str, Any]) -> tuple[pl.Trainer | None, bool]:
+    """Train, here or in worker processes; gives the trainer, if it was here, and whether the user interrupted."""
+    n_workers = strategies.workers_needed(options)
+    if n_workers:
+        from scvi_lite.train.launch import launch
+
+        return None, launch(task, data, stopping, options, n_workers)
+    progress = LocalProgress() if options.get("enable_progress_bar", True) else None
+    return run(task, data, stopping, options, progress, StopFlag())
+
+
+def run(
+    task: Task,
+    data: CellDataModule,
+    stopping: Stopping,
+    options: dict[str, Any],
+    progress: Progress | None,
+    stop: StopFlag,
+) -> tuple[pl.Trainer, bool]:
+    """Train in this process, one of several under a distributed strategy."""
     options = dict(options)
-    callbacks = options.pop("callbacks", None) or []
-    callbacks = [callbacks] if isinstance(callbacks, pl.Callback) else list(callbacks)
+    callbacks = [*as_list(options.pop("callbacks", None)), StopTogether(stop)]
     ckpt_path = options.pop("ckpt_path", None)
     root = options.setdefault("default_root_dir", "scvi_lite_runs")
+    callbacks += stopping_callbacks(stopping, Path(root), any(isinstance(c, Checkpoint) for c in callbacks))
+    if progress is not None:
+        callbacks.append(progress)
+    trainer_defaults = {
+        "logger": False,
+        "num_sanity_val_steps": 0,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+        "log_every_n_steps": 10,
+    }
+    forced = {
+        "callbacks": callbacks,
+        "plugins": [*as_list(options.pop("plugins", None)), AtomicCheckpointIO()],
+        "enable_checkpointing": any(isinstance(c, Checkpoint) for c in callbacks),
+    }
+    with quiet():
+        trainer = pl.Trainer(**(trainer_defaults | options | forced))
+        with handle_interrupts(stop):
+            trainer.fit(task, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    return trainer, stop.requested
+
+
+def stopping_callbacks(stopping: Stopping, root: Path, has_checkpoint: bool) -> list[pl.Callback]:
+    """Early stopping, checkpoints and the learning-rate monitor, as asked for."""
+    callbacks: list[pl.Callback] = []
     if stopping.early_stopping:
         callbacks.append(
             WarmEarlyStopping(
@@ -107,35 +159,12 @@ def fit(task: Task, data: CellDataModule, stopping: Stopping, options: dict[str,
                 warmup_epochs=stopping.early_stopping_warmup_epochs,
             )
         )
-    if stopping.enable_checkpointing and not any(isinstance(c, Checkpoint) for c in callbacks):
-        best = ModelCheckpoint(
-            dirpath=Path(root) / "checkpoints", monitor=stopping.checkpointing_monitor, save_last=True, filename="best"
-        )
-        callbacks.append(best)
+    if stopping.enable_checkpointing and not has_checkpoint:
+        monitor = stopping.checkpointing_monitor
+        callbacks.append(ModelCheckpoint(root / "checkpoints", monitor=monitor, save_last=True, filename="best"))
     if stopping.learning_rate_monitor:
         callbacks.append(LearningRateMonitor())
-    if options.get("enable_progress_bar", True):
-        callbacks.append(EpochProgressBar())
-    plugins = options.pop("plugins", None) or []
-    plugins = list(plugins) if isinstance(plugins, list | tuple) else [plugins]
-    trainer_defaults = {
-        "logger": False,
-        "num_sanity_val_steps": 0,
-        "enable_model_summary": False,
-        "use_distributed_sampler": False,
-        "log_every_n_steps": 10,
-    }
-    with quiet():
-        trainer = pl.Trainer(
-            callbacks=callbacks,
-            plugins=[*plugins, AtomicCheckpointIO()],
-            enable_checkpointing=any(isinstance(c, Checkpoint) for c in callbacks),
-            **(trainer_defaults | options),
-        )
-        interrupt = Interrupt(trainer)
-        with interrupt.handled():
-            trainer.fit(task, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
-    return trainer, interrupt.requested
+    return callbacks
 
 
 def read_checkpoint(path: str | Path, n_cells: int) -> tuple[Split, int, int]:
