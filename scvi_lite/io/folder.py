@@ -161,7 +161,7 @@ def read_info(path: str | Path, prefix: str = "") -> dict[str, Any]:
         raise FileNotFoundError(_not_a_model(path, folder, prefix))
     try:
         info = json.loads(file.read_bytes())
-    except ValueError as error:  # not JSON, or not even text
+    except (ValueError, RecursionError) as error:  # not JSON, or not even text
         raise ValueError(f"{file} is damaged, it is not valid JSON: {error}. Restore it from a copy.") from None
     if not isinstance(info, dict) or info.get("format") != FORMAT:
         raise ValueError(f"{file} was not written by scvi_lite: its 'format' is not '{FORMAT}'.")
@@ -253,7 +253,7 @@ def _to_json(key: str, value: Any) -> str:
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain)
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"The {key} of the model cannot be saved, they are not plain data: {error}.") from None
+        raise ValueError(f"The {key} of the model cannot be saved as JSON: {error}.") from None
 
 
 def _plain(value: Any) -> Any:

@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,6 @@ import torch
 class Recorded:
     """Stands in for an object: what its constructor was given, and its state."""
 
-    name = ""
     args: tuple[Any, ...]
     state: Any
 
@@ -87,10 +85,6 @@ STAND_INS: dict[str, type] = {
     "scvi.utils._attrdict.attrdict": _Dict,
     **{f"builtins.{name}": Recorded for name in ("slice", "list", "int", "float", "str", "bool", "range")},
 }
-DAMAGE = (
-    UnpicklingError, OSError, RuntimeError, EOFError, TypeError, ValueError, AttributeError, LookupError,
-    AssertionError,
-)  # fmt: skip
 RECORDED_ONLY = ("pandas.", "pyarrow.", "torch.distributions.constraints.")
 
 
@@ -107,13 +101,12 @@ def read_plain(file: str | Path) -> Any:
     with open(file, "rb") as handle, _allowing_nothing():
         try:
             named = torch.serialization.get_unsafe_globals_in_checkpoint(handle)
-            stand_ins = [(stand_in, name) for name in named if (stand_in := _stand_in(name))]
-            refused = sorted(set(named) - {name for _, name in stand_ins})
+            refused = sorted(name for name in named if _stand_in(name) is None)
             if not refused:
-                torch.serialization.add_safe_globals(list(stand_ins))
+                torch.serialization.add_safe_globals([(_stand_in(name), name) for name in named])
                 handle.seek(0)
                 return plain(torch.load(handle, map_location="cpu", weights_only=True))
-        except DAMAGE as error:
+        except Exception as error:  # whatever a malformed file may lead to
             reason = str(error).strip().split("\n")[0]
             raise ValueError(f"{file} is damaged, or was not written by torch.save: {reason}") from error
     raise ValueError(
@@ -135,9 +128,8 @@ def _allowing_nothing() -> Iterator[None]:
 
 
 def _stand_in(name: str) -> type | None:
-    if name.startswith(RECORDED_ONLY):
-        return type("Recorded", (Recorded,), {"name": name})
-    return STAND_INS.get(name)
+    """What to use instead of the class or function of this name; None where it has no place in data."""
+    return Recorded if name.startswith(RECORDED_ONLY) else STAND_INS.get(name)
 
 
 def plain(value: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from scvi_lite.errors import listing
+from scvi_lite.io.atomic import locate
 from scvi_lite.io.folder import INFO, SPLITS, SavedModel
 from scvi_lite.io.plain_pickle import Recorded, plain, read_plain
 from scvi_lite.io.scvi_tools_weights import TRANSLATORS, Setup
@@ -23,7 +24,8 @@ NOT_ARGUMENTS = ("adata", "registry", "datamodule")
 def is_scvi_tools_folder(path: str | Path, prefix: str = "") -> bool:
     """Whether the folder holds a model of scvi-tools, and none of scvi_lite, with this prefix."""
     folder = Path(path).expanduser()
-    return (folder / f"{prefix}{FILE}").is_file() and not (folder / f"{prefix}{INFO}").is_file()
+    ours = locate(folder, f"{prefix}model", f"{prefix}{INFO}")
+    return (folder / f"{prefix}{FILE}").is_file() and not ours.is_file()
 
 
 def read_scvi_tools(path: str | Path, prefix: str = "") -> SavedModel:
@@ -54,16 +56,17 @@ def _translate(content: dict[str, Any]) -> SavedModel:
     """The contents of a model.pt in our names and layout."""
     attributes = content["attr_dict"]
     registry = attributes["registry_"]
-    class_name, fields = registry["model_name"], registry["field_registries"]
+    class_name = registry["model_name"]
     if class_name not in TRANSLATORS:
         raise ValueError(f"it is a {class_name}; there is a counterpart of {listing(TRANSLATORS)}")
     arguments = _arguments(attributes.get("init_params_", {}))
+    ours = _registry(class_name, registry.get("setup_args", {}), registry["field_registries"])
     return SavedModel(
         class_name=class_name,
         arguments=arguments,
-        registry=_registry(class_name, registry.get("setup_args", {}), fields),
+        registry=ours,
         var_names=_names(content["var_names"]),
-        state=TRANSLATORS[class_name](content["model_state_dict"], _setup(fields, arguments)),
+        state=TRANSLATORS[class_name](content["model_state_dict"], _setup(ours["fields"], arguments)),
         history=_history(attributes.get("history_") or {}),
         indices={
             split: np.asarray(attributes[f"{split}_indices_"], dtype=np.int64)
@@ -149,9 +152,9 @@ def _setup(fields: dict[str, Any], arguments: dict[str, Any]) -> Setup:
     """What the layout of the weights depends on."""
     return Setup(
         arguments=arguments,
-        n_batches=len(_state(fields, "batch").get("categorical_mapping", [0])),
-        n_cats=tuple(map(len, _state(fields, "extra_categorical_covs").get("mappings", {}).values())),
-        has_size_factor=bool(fields.get("size_factor", {}).get("data_registry")),
+        n_batches=len(fields["batch_n"]["categories"]),
+        n_cats=tuple(len(column["categories"]) for column in fields["cats_nc"]["columns"]),
+        has_size_factor="size_factor_n" in fields,
     )
 
 
