@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from scvi_lite.data.batch import Batch
 from scvi_lite.data.disk import LazyStore
+from scvi_lite.data.registry import Registry
 from scvi_lite.data.sampler import SequentialSampler, TrainingSampler, shard
 from scvi_lite.data.store import CellStore
 
@@ -50,10 +51,21 @@ class CellDataModule(pl.LightningDataModule):
         Decides the order of the cells.
     drop_last
         Leave out the cells of an epoch that do not fill a minibatch.
+    source
+        File and setup of a backed AnnData, for worker processes to open it again.
     """
 
-    def __init__(self, store: CellStore | LazyStore, split: Split, batch_size: int, seed: int, drop_last: bool = False):
+    def __init__(
+        self,
+        store: CellStore | LazyStore,
+        split: Split,
+        batch_size: int,
+        seed: int,
+        drop_last: bool = False,
+        source: tuple[str, Registry] | None = None,
+    ):
         super().__init__()
+        self.source = source
         self.store, self.split, self.batch_size = store, split, batch_size
         self.seed, self.drop_last = seed, drop_last
         self.skip_steps = 0

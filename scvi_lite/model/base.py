@@ -109,7 +109,9 @@ class Model(ABC):
         if rows.size == 0:
             return np.zeros(0, dtype=np.int64)
         if rows.dtype.kind not in "ui" or rows.ndim != 1:
-            raise IndexError(f"indices: whole numbers or a mask are needed; {rows.dtype} of shape {rows.shape} was given.")
+            raise IndexError(
+                f"indices: whole numbers or a mask are needed; {rows.dtype} of shape {rows.shape} was given."
+            )
         if rows.min() < -adata.n_obs or rows.max() >= adata.n_obs:
             raise IndexError(f"indices: {rows.min()} to {rows.max()} were given; adata has {adata.n_obs} cells.")
         return np.where(rows < 0, rows + adata.n_obs, rows).astype(np.int64)
@@ -244,7 +246,12 @@ class Model(ABC):
         task = Task(self.module.train(), plan)
         fitting.check_monitors(stopping, task, len(split.validation))
         data = CellDataModule(
-            load_for_training(self.adata, self.registry), split, batch_size, seed, more.get("drop_last", False)
+            load_for_training(self.adata, self.registry),
+            split,
+            batch_size,
+            seed,
+            more.get("drop_last", False),
+            source=(str(self.adata.filename), self.registry) if self.adata.isbacked else None,
         )
         data.skip_steps = skip_steps
         options |= {"max_epochs": max_epochs, "accelerator": accelerator, "devices": devices, "strategy": strategy}
@@ -537,7 +544,9 @@ def check_external(parts: Sequence[Any], n_cells: int) -> list[np.ndarray]:
             "external_indexing: a list of up to three arrays of row numbers is needed: training (not empty), validation, test."
         )
     if joined.min() < 0 or joined.max() >= n_cells:
-        raise ValueError(f"external_indexing: rows {joined.min()} to {joined.max()} were given; there are {n_cells} cells.")
+        raise ValueError(
+            f"external_indexing: rows {joined.min()} to {joined.max()} were given; there are {n_cells} cells."
+        )
     if len(np.unique(joined)) < len(joined):
         raise ValueError("external_indexing: a row is given twice; each cell is for training, validation or test.")
     return rows

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import logging
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -27,19 +24,9 @@ from scvi_lite.train.callbacks import (
     WarmEarlyStopping,
     handle_interrupts,
 )
+from scvi_lite.train.quiet import quiet
 from scvi_lite.train.strategies import as_list
 from scvi_lite.train.task import METRICS, Task
-
-# What Lightning says of every small model on a CPU, and its tips; none of it is for our users to mend.
-NOISE = (
-    ".*does not have many workers.*",
-    ".*The number of training batches.*is smaller than the logging interval.*",
-    ".*Checkpoint directory .* exists and is not empty.*",
-    ".*is supported for historical reasons but its usage is discouraged.*",
-    ".*You are resuming from a checkpoint that ended before the epoch ended.*",
-    ".*GPU available but not used.*",
-    ".*isinstance.treespec, LeafSpec.. is deprecated.*",
-)
 
 
 @dataclass(frozen=True)
@@ -100,7 +87,9 @@ def check_monitors(stopping: Stopping, task: Task, n_validation: int) -> None:
         raise ValueError(unknown("early_stopping_mode", stopping.early_stopping_mode, ("min", "max")))
 
 
-def fit(task: Task, data: CellDataModule, stopping: Stopping, options: dict[str, Any]) -> tuple[pl.Trainer | None, bool]:
+def fit(
+    task: Task, data: CellDataModule, stopping: Stopping, options: dict[str, Any]
+) -> tuple[pl.Trainer | None, bool]:
     """Train, here or in worker processes; gives the trainer, if it was here, and whether the user interrupted."""
     n_workers = strategies.workers_needed(options)
     if n_workers:
@@ -183,7 +172,9 @@ def read_checkpoint(path: str | Path, n_cells: int) -> tuple[Split, int, int]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)["scvi_lite"]
     except Exception as error:
-        raise ValueError(f"ckpt_path={str(path)!r} is not a checkpoint that train() wrote, or is damaged: {error}") from error
+        raise ValueError(
+            f"ckpt_path={str(path)!r} is not a checkpoint that train() wrote, or is damaged: {error}"
+        ) from error
     if state["n_cells"] != n_cells:
         raise ValueError(
             f"ckpt_path={str(path)!r} was written when training on {state['n_cells']} cells; here are {n_cells}. Resume "
@@ -191,21 +182,3 @@ def read_checkpoint(path: str | Path, n_cells: int) -> tuple[Split, int, int]:
         )
     indices = {part: rows.numpy() for part, rows in state["indices"].items()}
     return Split(**indices), state["seed"], state["skip_steps"]
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep Lightning's start-up talk from the user."""
-    loggers = [logging.getLogger(f"lightning.{name}") for name in ("pytorch", "fabric")]
-    loggers += [logging.getLogger(f"lightning.pytorch.{name}") for name in ("utilities.rank_zero", "accelerators.cuda")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            for message in NOISE:
-                warnings.filterwarnings("ignore", message)
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

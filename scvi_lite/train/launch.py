@@ -27,6 +27,7 @@ import cloudpickle
 import torch
 
 from scvi_lite.data.datamodule import CellDataModule
+from scvi_lite.data.shared import write_store
 from scvi_lite.train.strategies import as_list
 from scvi_lite.train.task import Task, TrainingDivergedError
 
@@ -77,7 +78,7 @@ def launch(task: Task, data: CellDataModule, stopping: Any, options: dict[str, A
     """
     with tempfile.TemporaryDirectory(prefix="scvi_lite_") as name:
         folder = Path(name)
-        data.store.write(folder)
+        write_store(data.store, data.source, folder)
         store, data.store = data.store, None
         try:
             (folder / "job.pkl").write_bytes(cloudpickle.dumps(Job(task, data, stopping, options, n_workers)))

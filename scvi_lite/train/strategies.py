@@ -8,6 +8,8 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.fabric.utilities.imports import _IS_INTERACTIVE
 
+from scvi_lite.train.quiet import quiet
+
 logger = logging.getLogger("scvi_lite")
 
 FORKS = ("ddp_fork", "ddp_fork_find_unused_parameters_false", "ddp_fork_find_unused_parameters_true")
@@ -50,16 +52,10 @@ def workers_needed(options: dict[str, Any]) -> int:
 
 def count_devices(options: dict[str, Any]) -> int:
     """How many devices Lightning makes of ``accelerator`` and ``devices``."""
-    probe = pl.Trainer(
-        accelerator=options.get("accelerator", "auto"),
-        devices=options.get("devices", "auto"),
-        strategy="auto",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    return probe.num_devices
+    asked = {name: options.get(name, "auto") for name in ("accelerator", "devices")}
+    unused = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    with quiet():
+        return pl.Trainer(**asked, **unused).num_devices
 
 
 def worker_strategy(strategy: str) -> str:

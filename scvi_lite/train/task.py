@@ -42,7 +42,9 @@ class Task(pl.LightningModule):
         self.was_resumed = False
         self.loss = module.loss
         if plan.compile:
-            self.loss = torch.compile(module.loss, **{"fullgraph": True, "dynamic": True, **(plan.compile_kwargs or {})})
+            self.loss = torch.compile(
+                module.loss, **{"fullgraph": True, "dynamic": True, **(plan.compile_kwargs or {})}
+            )
         self.sums: dict[str, Tensor | None] = {"train": None, "validation": None}
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:

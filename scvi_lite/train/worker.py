@@ -13,7 +13,7 @@ from typing import Any
 import cloudpickle
 import torch
 
-from scvi_lite.data.store import read_store
+from scvi_lite.data.shared import read_store
 from scvi_lite.train import fit as fitting
 from scvi_lite.train.callbacks import Progress, StopFlag
 from scvi_lite.train.launch import Job, Outcome
