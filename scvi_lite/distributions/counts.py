@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-#: Outside, a negative binomial is a Poisson, or a zero, to the last digit of a double; inside, nothing overflows a float.
+#: Outside, a negative binomial is a Poisson, or a zero, to the last digit; inside, nothing overflows a float32.
 LOG_THETA_RANGE = (-80.0, 40.0)
 
 
@@ -48,8 +48,8 @@ def nb_log_prob(x: Tensor, log_mu: Tensor, log_theta: Tensor) -> Tensor:
 def zinb_log_prob(x: Tensor, log_mu: Tensor, log_theta: Tensor, dropout_logit: Tensor) -> Tensor:
     """Log-probability of counts ``x`` under a zero-inflated negative binomial.
 
-    A count is replaced by zero with probability sigmoid(pi), pi the ``dropout_logit``; ``log_mu`` is the log mean before
-    that::
+    A count is replaced by zero with probability sigmoid(pi), pi the ``dropout_logit``; ``log_mu`` is the log mean
+    before that::
 
         x = 0:  softplus(-theta softplus(d) - pi) - softplus(-pi)
         x > 0:  nb_log_prob(x) - softplus(pi)
@@ -80,8 +80,8 @@ def safe_theta(log_theta: Tensor) -> Tensor:
 def log_rising(x: Tensor, theta: Tensor) -> Tensor:
     """lgamma(x + theta) - lgamma(theta) - x log(theta).
 
-    From theta = 100 the difference of two large numbers gives way to the difference of their Stirling series, whose first
-    term left out is below 1e-13 (https://dlmf.nist.gov/5.11.E1).
+    From theta = 100 the difference of two large numbers gives way to the difference of their Stirling series, whose
+    first term left out is below 1e-13 (https://dlmf.nist.gov/5.11.E1).
     """
     low, high = theta.clamp(max=100.0), theta.clamp(min=100.0)
     end = x + high
@@ -90,7 +90,7 @@ def log_rising(x: Tensor, theta: Tensor) -> Tensor:
 
 
 def digamma_rise(x: Tensor, theta: Tensor) -> Tensor:
-    """digamma(x + theta) - digamma(theta), the derivative of lgamma(x + theta) - lgamma(theta) with respect to theta."""
+    """digamma(x + theta) - digamma(theta): the derivative of lgamma(x + theta) - lgamma(theta)."""
     low, high = theta.clamp(max=100.0), theta.clamp(min=100.0)
     end = x + high
     series = torch.log1p(x / high) - (1 / end - 1 / high) / 2 - (end**-2 - high**-2) / 12 + (end**-4 - high**-4) / 120

@@ -8,8 +8,8 @@ is nothing but scaling the rows of that gradient.
 :math:`\log\mu_{ng} = \ell_n + \log\mathrm{softmax}(y)_{ng}`. A gradient :math:`G_{ng}` with respect to :math:`\log\mu`
 becomes :math:`\sum_g G_{ng}` for :math:`\ell_n` and :math:`G_{ng} - \mathrm{softmax}(y)_{ng} \sum_h G_{nh}` for y.
 
-**Zeros**, the dense part. Write r = mu / theta. Then -t, with t = theta log(1 + r), is the log-probability of a zero count
-under the negative binomial. Its derivatives: dt/dlog mu = h = mu / (1 + r) and dt/dlog theta = t - h.
+**Zeros**, the dense part. Write r = mu / theta. Then -t, with t = theta log(1 + r), is the log-probability of a zero
+count under the negative binomial. Its derivatives: dt/dlog mu = h = mu / (1 + r) and dt/dlog theta = t - h.
 With zero inflation pi (a logit) and the sigmoid S, a zero has log-probability log S(pi) - log S(t + pi), whose
 derivatives are S(t + pi) - 1 for t and S(t + pi) - S(pi) for pi.
 
@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from scvi_lite.data.batch import Counts
-from scvi_lite.distributions.counts import digamma_rise, nb_log_prob, safe_theta
+from scvi_lite.distributions.counts import digamma_rise, nb_log_prob, poisson_log_prob, safe_theta
 
 
 def zinb(counts: Counts, logit_ng: Tensor, library_n: Tensor | None, log_theta: Tensor, dropout_ng: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ def zinb(counts: Counts, logit_ng: Tensor, library_n: Tensor | None, log_theta: 
 
     >>> counts = Counts.from_dense(torch.tensor([[0.0, 3.0]]))
     >>> zinb(counts, torch.zeros(1, 2), torch.ones(1), torch.zeros(2), torch.zeros(1, 2))
-    tensor([-3.3843])
+    tensor([-3.5455])
     """
     return _score(_zinb_parts, counts, logit_ng, library_n, log_theta, dropout_ng)
 
@@ -64,7 +64,7 @@ def nb(counts: Counts, logit_ng: Tensor, library_n: Tensor | None, log_theta: Te
 
     >>> counts = Counts.from_dense(torch.tensor([[0.0, 3.0]]))
     >>> nb(counts, torch.zeros(1, 2), torch.ones(1), torch.zeros(2))
-    tensor([-3.3566])
+    tensor([-3.3709])
     """
     return _score(_nb_parts, counts, logit_ng, library_n, log_theta, None)
 
@@ -111,13 +111,13 @@ class _Score(torch.autograd.Function):
         dropout_ng: Tensor | None,
     ) -> Tensor:
         at_m = row_m * logit_ng.shape[1] + col_m
-        mu_ng, log_mu_m = _rates(logit_ng, library_n, row_m, at_m)
+        # At the non-zeros large numbers cancel one another: doubles, where the device has them.
+        wide = torch.float32 if logit_ng.is_mps else torch.float64
+        mu_ng, log_mu_m = _rates(logit_ng, library_n, row_m, at_m, wide)
         log_theta_m = None
         if log_theta is not None:
-            log_theta_m = log_theta[col_m] if log_theta.ndim == 1 else log_theta.reshape(-1)[at_m]
-        # Few numbers that cancel one another: doubles, where the device has them.
-        wide = torch.float32 if logit_ng.is_mps else torch.float64
-        nonzero = _NonZero(at_m, *(None if t is None else t.to(wide) for t in (x_m, log_mu_m, log_theta_m)))
+            log_theta_m = (log_theta[col_m] if log_theta.ndim == 1 else log_theta.reshape(-1)[at_m]).to(wide)
+        nonzero = _NonZero(at_m, x_m.to(wide), log_mu_m, log_theta_m)
         zero_n, nonzero_m, dmu_ng, dtheta_ng, ddropout_ng = parts(nonzero, mu_ng, log_theta, dropout_ng)
         dlibrary_n = None
         if library_n is not None:
@@ -161,27 +161,30 @@ class _NonZero:
             flat.index_fill_(0, self.at_m, value_m)
 
 
-def _rates(logit_ng: Tensor, library_n: Tensor | None, row_m: Tensor, at_m: Tensor) -> tuple[Tensor, Tensor]:
+def _rates(
+    logit_ng: Tensor, library_n: Tensor | None, row_m: Tensor, at_m: Tensor, wide: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """The mean everywhere, and its logarithm (which does not underflow) at the non-zeros."""
-    log_mu_m = logit_ng.reshape(-1)[at_m]
+    log_mu_m = logit_ng.reshape(-1)[at_m].to(wide)
     if library_n is None:
         return logit_ng.exp(), log_mu_m
     top_n = logit_ng.amax(1)
     mu_ng = torch.sub(logit_ng, top_n[:, None]).exp_()
-    shift_n = library_n - mu_ng.sum(1).log_()
-    return mu_ng.mul_(shift_n.exp()[:, None]), log_mu_m + (shift_n - top_n)[row_m]
+    shift_n = library_n.to(wide) - mu_ng.sum(1).to(wide).log()
+    return mu_ng.mul_(shift_n.exp().to(mu_ng.dtype)[:, None]), log_mu_m + (shift_n - top_n)[row_m]
 
 
 Parts = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
-"""Zeros summed over genes (n,), non-zeros (m,), derivatives of both with respect to log mu, log theta, dropout: (n, g)."""
+"""Zeros summed over genes (n,), non-zeros (m,), derivatives with respect to log mu, log theta, dropout: (n, g)."""
 
 
 def _poisson_parts(nonzero: _NonZero, mu_ng: Tensor, log_theta: None, dropout_ng: None) -> Parts:
     x_m, log_mu_m = nonzero.x_m, nonzero.log_mu_m
     dmu_ng = mu_ng.neg()
+    nonzero.write(0.0, dmu_ng)
     zero_n = dmu_ng.sum(1)
-    dmu_ng.view(-1).index_add_(0, nonzero.at_m, x_m.to(dmu_ng.dtype))
-    return zero_n, x_m * log_mu_m - torch.lgamma(x_m + 1), dmu_ng, None, None
+    nonzero.write(x_m - log_mu_m.exp(), dmu_ng)
+    return zero_n, poisson_log_prob(x_m, log_mu_m), dmu_ng, None, None
 
 
 def _nb_parts(nonzero: _NonZero, mu_ng: Tensor, log_theta: Tensor, dropout_ng: None) -> Parts:

@@ -1,0 +1,326 @@
+"""Distributions of counts as ``torch.distributions``: what a trained model hands to its users.
+
+The log-probabilities are those of :mod:`scvi_lite.distributions.counts`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Size, Tensor, distributions
+from torch.distributions import constraints
+from torch.distributions.utils import broadcast_all
+from torch.nn.functional import softplus
+
+from scvi_lite.distributions.counts import nb_log_prob, normal_log_prob, poisson_log_prob, zinb_log_prob
+
+# A mean of zero has a log; what it says of positive counts is as good as impossible.
+TINY = 1e-30
+# torch.poisson draws beyond the integers that it can hold when a rate is larger.
+MAX_RATE = 1e8
+
+
+class NegativeBinomial(distributions.Distribution):
+    """Negative binomial with mean ``mu`` and inverse dispersion ``theta``: variance mu + mu² / theta.
+
+    Parameters
+    ----------
+    total_count, probs, logits
+        One way to say it: ``total_count`` (theta), and the probability of success (or its logit) such that
+        mu = total_count · probs / (1 - probs).
+    mu, theta
+        The other way.
+    scale
+        Expected proportions, carried along for :meth:`get_normalized`.
+    validate_args
+        Whether to check the parameters and the values that are scored.
+
+    Raises
+    ------
+    ValueError
+        If the parameters mix the two ways, or name neither in full.
+
+    Examples
+    --------
+    >>> nb = NegativeBinomial(mu=torch.tensor([1.0, 2.0]), theta=torch.tensor(2.0))
+    >>> nb.mean, nb.variance
+    (tensor([1., 2.]), tensor([1.5000, 4.0000]))
+    >>> nb.log_prob(torch.tensor(0.0))
+    tensor([-0.8109, -1.3863])
+    """
+
+    arg_constraints: ClassVar[dict[str, Any]] = {
+        "mu": constraints.greater_than_eq(0),
+        "theta": constraints.greater_than_eq(0),
+    }
+    support = constraints.nonnegative_integer
+
+    def __init__(
+        self,
+        total_count: Tensor | None = None,
+        probs: Tensor | None = None,
+        logits: Tensor | None = None,
+        mu: Tensor | None = None,
+        theta: Tensor | None = None,
+        scale: Tensor | None = None,
+        validate_args: bool = False,
+    ):
+        mu, theta = _mu_theta(total_count, probs, logits, mu, theta)
+        self.mu, self.theta = broadcast_all(mu, theta)
+        self.scale = scale
+        super().__init__(self.mu.shape, validate_args=validate_args)
+
+    @property
+    def mean(self) -> Tensor:
+        """Expected counts."""
+        return self.mu
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance of the counts."""
+        return self.mu + self.mu**2 / self.theta
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-probability of each count; minus infinity below zero."""
+        if self._validate_args:
+            self._validate_sample(value)
+        value = torch.as_tensor(value, dtype=self.mu.dtype, device=self.mu.device)
+        return torch.where(value < 0, -torch.inf, self._log_prob(value.clamp(min=0)))
+
+    def _log_prob(self, value: Tensor) -> Tensor:
+        return nb_log_prob(value, _log(self.mu), _log(self.theta))
+
+    @torch.no_grad()
+    def sample(self, sample_shape: Size | tuple[int, ...] = ()) -> Tensor:
+        """Draw counts: ``sample_shape`` followed by the shape of ``mu``."""
+        shape = self._extended_shape(Size(sample_shape))
+        return _sample_nb(self.mu.expand(shape), self.theta.expand(shape))
+
+    def get_normalized(self, key: str) -> Tensor:
+        """Expected proportions (``"scale"``) or expected counts (``"mu"``)."""
+        return _normalized(key, scale=self.scale, mu=self.mu)
+
+    def __repr__(self) -> str:
+        return _show(self, "mu", "theta", "scale")
+
+
+class ZeroInflatedNegativeBinomial(NegativeBinomial):
+    """Negative binomial of which a share, with logit ``zi_logits``, is replaced by zeros.
+
+    ``mu`` is the mean before that, ``mean`` the mean after. For the other parameters see :class:`NegativeBinomial`.
+
+    >>> zinb = ZeroInflatedNegativeBinomial(mu=torch.tensor(1.0), theta=torch.tensor(2.0), zi_logits=torch.tensor(0.0))
+    >>> zinb.zi_probs, zinb.mean, zinb.variance
+    (tensor(0.5000), tensor(0.5000), tensor(1.))
+    """
+
+    arg_constraints: ClassVar[dict[str, Any]] = {**NegativeBinomial.arg_constraints, "zi_logits": constraints.real}
+
+    def __init__(
+        self,
+        total_count: Tensor | None = None,
+        probs: Tensor | None = None,
+        logits: Tensor | None = None,
+        mu: Tensor | None = None,
+        theta: Tensor | None = None,
+        zi_logits: Tensor | None = None,
+        scale: Tensor | None = None,
+        validate_args: bool = False,
+    ):
+        if zi_logits is None:
+            raise ValueError("zi_logits is missing: give the logit of a count being replaced by zero.")
+        mu, theta = _mu_theta(total_count, probs, logits, mu, theta)
+        mu, theta, self.zi_logits = broadcast_all(mu, theta, zi_logits)
+        super().__init__(mu=mu, theta=theta, scale=scale, validate_args=validate_args)
+
+    @property
+    def zi_probs(self) -> Tensor:
+        """Probability that a count is replaced by zero."""
+        return self.zi_logits.sigmoid()
+
+    @property
+    def mean(self) -> Tensor:
+        """Expected counts, with the extra zeros."""
+        return (-self.zi_logits).sigmoid() * self.mu
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance of the counts, with the extra zeros."""
+        return self.mean * (1 + self.mu * (self.zi_probs + 1 / self.theta))
+
+    def _log_prob(self, value: Tensor) -> Tensor:
+        return zinb_log_prob(value, _log(self.mu), _log(self.theta), self.zi_logits)
+
+    @torch.no_grad()
+    def sample(self, sample_shape: Size | tuple[int, ...] = ()) -> Tensor:
+        """Draw counts: ``sample_shape`` followed by the shape of ``mu``."""
+        counts = super().sample(sample_shape)
+        return counts.masked_fill(torch.rand_like(counts) < self.zi_probs, 0.0)
+
+    def __repr__(self) -> str:
+        return _show(self, "mu", "theta", "zi_logits", "scale")
+
+
+class NegativeBinomialMixture(distributions.Distribution):
+    """Two negative binomials; ``mixture_logits`` is the logit of the first.
+
+    TOTALVI's model of proteins, background and foreground: Gayoso et al., Nature Methods 18, 272 (2021),
+    https://doi.org/10.1038/s41592-020-01050-x. ``theta2`` is ``theta1`` unless given.
+
+    >>> one, two = torch.tensor(1.0), torch.tensor(2.0)
+    >>> NegativeBinomialMixture(one, two, one, mixture_logits=torch.tensor(0.0)).mean
+    tensor(1.5000)
+    """
+
+    arg_constraints: ClassVar[dict[str, Any]] = {
+        "mu1": constraints.greater_than_eq(0),
+        "mu2": constraints.greater_than_eq(0),
+        "theta1": constraints.greater_than_eq(0),
+        "mixture_logits": constraints.real,
+    }
+    support = constraints.nonnegative_integer
+
+    def __init__(
+        self,
+        mu1: Tensor,
+        mu2: Tensor,
+        theta1: Tensor,
+        mixture_logits: Tensor,
+        theta2: Tensor | None = None,
+        validate_args: bool = False,
+    ):
+        self.mu1, self.mu2, self.theta1, self.mixture_logits = broadcast_all(mu1, mu2, theta1, mixture_logits)
+        self.theta2 = theta2 if theta2 is None else torch.as_tensor(theta2).expand_as(self.mu1)
+        super().__init__(self.mu1.shape, validate_args=validate_args)
+
+    @property
+    def _second_theta(self) -> Tensor:
+        return self.theta1 if self.theta2 is None else self.theta2
+
+    @property
+    def mixture_probs(self) -> Tensor:
+        """Probability of the first part."""
+        return self.mixture_logits.sigmoid()
+
+    @property
+    def mean(self) -> Tensor:
+        """Expected counts."""
+        return self.mixture_probs * self.mu1 + (1 - self.mixture_probs) * self.mu2
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance of the counts: within the parts, and between their means."""
+        p = self.mixture_probs
+        within1, within2 = self.mu1 + self.mu1**2 / self.theta1, self.mu2 + self.mu2**2 / self._second_theta
+        return p * within1 + (1 - p) * within2 + p * (1 - p) * (self.mu1 - self.mu2) ** 2
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-probability of each count; minus infinity below zero."""
+        if self._validate_args:
+            self._validate_sample(value)
+        value = torch.as_tensor(value, dtype=self.mu1.dtype, device=self.mu1.device)
+        x, pi = value.clamp(min=0), self.mixture_logits
+        first = nb_log_prob(x, _log(self.mu1), _log(self.theta1)) - softplus(-pi)
+        second = nb_log_prob(x, _log(self.mu2), _log(self._second_theta)) - softplus(pi)
+        return torch.where(value < 0, -torch.inf, torch.logaddexp(first, second))
+
+    @torch.no_grad()
+    def sample(self, sample_shape: Size | tuple[int, ...] = ()) -> Tensor:
+        """Draw counts: ``sample_shape`` followed by the shape of ``mu1``."""
+        first = torch.bernoulli(self.mixture_probs.expand(self._extended_shape(Size(sample_shape)))).bool()
+        return _sample_nb(torch.where(first, self.mu1, self.mu2), torch.where(first, self.theta1, self._second_theta))
+
+    def __repr__(self) -> str:
+        return _show(self, "mu1", "mu2", "theta1", "mixture_logits", "theta2")
+
+
+class Poisson(distributions.Poisson):
+    """Poisson that carries the expected proportions ``scale`` along for :meth:`get_normalized`.
+
+    >>> Poisson(torch.tensor(1.0)).log_prob(torch.tensor(0.0))
+    tensor(-1.)
+    """
+
+    def __init__(self, rate: Tensor, validate_args: bool | None = None, scale: Tensor | None = None):
+        super().__init__(rate, validate_args=validate_args)
+        self.scale = scale
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-probability of each count; minus infinity below zero."""
+        if self._validate_args:
+            self._validate_sample(value)
+        value = torch.as_tensor(value, dtype=self.rate.dtype, device=self.rate.device)
+        return torch.where(value < 0, -torch.inf, poisson_log_prob(value.clamp(min=0), _log(self.rate)))
+
+    def get_normalized(self, key: str) -> Tensor:
+        """Expected proportions (``"scale"``) or expected counts (``"mu"``, ``"rate"``)."""
+        return _normalized(key, scale=self.scale, mu=self.rate, rate=self.rate)
+
+
+class Normal(distributions.Normal):
+    """Normal that carries ``normal_mu``, the expected expression, along for :meth:`get_normalized`.
+
+    >>> Normal(torch.tensor(0.0), torch.tensor(1.0)).log_prob(torch.tensor(0.0))
+    tensor(-0.9189)
+    """
+
+    def __init__(self, loc: Tensor, scale: Tensor, validate_args: bool | None = None, normal_mu: Tensor | None = None):
+        super().__init__(loc, scale, validate_args=validate_args)
+        self.normal_mu = normal_mu
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-density of each value."""
+        if self._validate_args:
+            self._validate_sample(value)
+        return normal_log_prob(
+            torch.as_tensor(value, dtype=self.loc.dtype, device=self.loc.device), self.loc, self.scale
+        )
+
+    def get_normalized(self, key: str) -> Tensor:
+        """Expected expression (``"scale"`` or ``"mu"``)."""
+        return _normalized(key, scale=self.normal_mu, mu=self.normal_mu)
+
+
+def _mu_theta(
+    total_count: Tensor | None, probs: Tensor | None, logits: Tensor | None, mu: Tensor | None, theta: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    given = dict(total_count=total_count, probs=probs, logits=logits, mu=mu, theta=theta)
+    names = [name for name, value in given.items() if value is not None]
+    if names == ["mu", "theta"]:
+        return mu, theta
+    if names == ["total_count", "logits"]:
+        return total_count * torch.as_tensor(logits).exp(), total_count
+    if names == ["total_count", "probs"]:
+        return total_count * probs / (1 - probs), total_count
+    raise ValueError(
+        f"A negative binomial takes mu and theta, or total_count and one of probs and logits; found "
+        f"{', '.join(names) or 'none of them'}."
+    )
+
+
+def _log(rate: Tensor) -> Tensor:
+    return rate.clamp(min=TINY).log()
+
+
+def _sample_nb(mu: Tensor, theta: Tensor) -> Tensor:
+    """Draw the rate of a Poisson from a gamma with mean mu and shape theta, then the count."""
+    # A gamma with tiny shape underflows to zero, which is the count that it would give anyway.
+    rate = torch._standard_gamma(theta) * (mu / theta)
+    return torch.poisson(rate.clamp(max=MAX_RATE))
+
+
+def _normalized(key: str, **known: Tensor | None) -> Tensor:
+    if key not in known:
+        raise ValueError(f"get_normalized knows {', '.join(map(repr, known))}; found {key!r}.")
+    value = known[key]
+    if value is None:
+        raise ValueError(
+            f"This distribution was made without what get_normalized({key!r}) gives: pass it when making it."
+        )
+    return value
+
+
+def _show(distribution: distributions.Distribution, *names: str) -> str:
+    shapes = [f"{n}: {tuple(v.shape)}" for n in names if (v := getattr(distribution, n)) is not None]
+    return f"{type(distribution).__name__}({', '.join(shapes)})"

@@ -1,0 +1,77 @@
+"""The product of a sparse minibatch and a weight: the first layer of an encoder of counts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from scvi_lite.data.batch import Counts
+
+# On a CPU, the share of non-zeros below which looking up rows of the weight beats filling zeros in and multiplying.
+SPARSE_FORWARD = 0.2
+SPARSE_BACKWARD = 0.08
+
+
+def sparse_linear(counts: Counts, weight_hg: Tensor) -> Tensor:
+    """The counts of n cells times the transposed weight: (n, h), as ``torch.nn.functional.linear`` of ``counts.x_ng``.
+
+    The weight has the shape of an ``nn.Linear``, and is fastest when stored the other way round:
+    ``nn.Parameter(torch.empty(g, h).t())``. Its gradient comes in the same storage. Nothing flows back to the counts.
+
+    Raises
+    ------
+    ValueError
+        If the weight is not for as many features as the counts have.
+
+    Examples
+    --------
+    >>> counts = Counts.from_dense(torch.tensor([[0.0, 2.0], [0.0, 0.0]]))
+    >>> sparse_linear(counts, torch.tensor([[1.0, 5.0]]))
+    tensor([[10.],
+            [ 0.]])
+    """
+    if weight_hg.ndim != 2 or weight_hg.shape[1] != counts.n_features:
+        raise ValueError(
+            f"weight_hg has shape {tuple(weight_hg.shape)}, but the counts have {counts.n_features} features: "
+            "the layer was made for another number of features."
+        )
+    if weight_hg.is_cuda:
+        return torch.nn.functional.linear(counts.x_ng, weight_hg)
+    dtype = torch.promote_types(weight_hg.dtype, torch.float32)
+    parts = counts.start, counts.row_m, counts.col_m, counts.value_m.to(dtype)
+    return _SparseLinear.apply(*parts, weight_hg.to(dtype).t()).to(weight_hg.dtype)
+
+
+class _SparseLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, start: Tensor, row_m: Tensor, col_m: Tensor, value_m: Tensor, weight_gh: Tensor) -> Tensor:
+        counts = Counts(start, row_m, col_m, value_m, weight_gh.shape[0])
+        ctx.save_for_backward(start, row_m, col_m, value_m)
+        ctx.n_features = weight_gh.shape[0]
+        if _share(counts) > SPARSE_FORWARD:
+            return counts.x_ng @ weight_gh
+        return embedding_bag(col_m, weight_gh, start[:-1], mode="sum", per_sample_weights=value_m)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, up_nh: Tensor) -> tuple[Tensor | None, ...]:
+        start, row_m, col_m, value_m = ctx.saved_tensors
+        counts = Counts(start, row_m, col_m, value_m, ctx.n_features)
+        if _share(counts) > SPARSE_BACKWARD:
+            return *(None,) * 4, counts.x_ng.t() @ up_nh
+        # Non-zeros by feature, so that a row of the gradient is written once. Narrow keys sort by radix.
+        key_m = col_m.to(torch.int16) if counts.n_features < 2**15 else col_m
+        order_m = torch.argsort(key_m, stable=True)
+        count_g = torch.bincount(col_m, minlength=counts.n_features)
+        start_g = count_g.cumsum(0) - count_g
+        dweight_gh = embedding_bag(
+            row_m[order_m], up_nh.contiguous(), start_g, mode="sum", per_sample_weights=value_m[order_m]
+        )
+        return *(None,) * 4, dweight_gh
+
+
+def _share(counts: Counts) -> float:
+    return counts.value_m.shape[0] / max(1, counts.n_cells * counts.n_features)
