@@ -1,7 +1,7 @@
 """One measurement in a process of its own, the same for scvi_lite and scvi-tools.
 
-``python benchmarks/worker.py PACKAGE TASK DATA EPOCHS`` prints one line of JSON. PACKAGE is ``scvi_lite`` or ``scvi``, whichever the
-interpreter has.
+``python benchmarks/worker.py PACKAGE TASK DATA EPOCHS`` prints one line of JSON. PACKAGE is ``scvi_lite`` or ``scvi``,
+whichever the interpreter has.
 """
 
 from __future__ import annotations
