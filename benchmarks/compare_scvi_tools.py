@@ -5,8 +5,8 @@
     python benchmarks/compare_scvi_tools.py --peer-python PEER_ENV/bin/python --data DATA_FOLDER
 
 The peer lives in an environment of its own: scvi-tools 1.5.0 and the same PyTorch. DATA_FOLDER holds
-``kang_ctrl_8donors.h5ad`` (12,261 × 1,287) and ``pbmc_multitech.h5ad`` (7,944 × 8,732). Each measurement is a process of
-its own; the two sides take turns, so that a machine that gets slower does so for both.
+``kang_ctrl_8donors.h5ad`` (12,261 × 1,287) and ``pbmc_multitech.h5ad`` (7,944 × 8,732). Each measurement is a process
+of its own; the two sides take turns, so that a machine that gets slower does so for both.
 """
 
 from __future__ import annotations

@@ -37,12 +37,12 @@ def measure(n_cells: int, n_genes: int, devices: int, accelerator: str, batch_si
     model = SCVI(adata)
     options = dict(accelerator=accelerator, devices=devices, batch_size=batch_size, train_size=1.0)
     times: list[float] = []
-    model.train(max_epochs=epochs + 1, callbacks=Clock(times), enable_progress_bar=False, **options)
+    model.train(max_epochs=epochs + 1, callbacks=epoch_clock(times), enable_progress_bar=False, **options)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(json.dumps({"seconds_per_epoch": (times[-1] - times[0]) / epochs}))
 
 
-def Clock(times: list[float]):  # noqa: N802 - a class made late, so that --help does not import lightning
+def epoch_clock(times: list[float]):
     """A callback that notes when each epoch ends; the first one pays for starting up."""
     from lightning.pytorch import Callback
 

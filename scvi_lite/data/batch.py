@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
 
 
 @dataclass
@@ -29,9 +33,8 @@ class Counts:
     @property
     def x_ng(self) -> Tensor:
         """The counts as a dense (n, g) matrix."""
-        x_ng = self.value_m.new_zeros(self.n_cells, self.n_features)
-        x_ng[self.row_m, self.col_m] = self.value_m
-        return x_ng
+        x = self.value_m.new_zeros(self.n_cells * self.n_features)
+        return x.index_copy(0, self.row_m * self.n_features + self.col_m, self.value_m).view(-1, self.n_features)
 
     def sum_rows(self, value_m: Tensor) -> Tensor:
         """Sum one number per non-zero over each cell: (m,) -> (n,)."""
@@ -47,6 +50,14 @@ class Counts:
             return self
         moved = [t.to(device) for t in (self.start, self.row_m, self.col_m, self.value_m)]
         return Counts(*moved, self.n_features)
+
+    @classmethod
+    def from_csr(cls, csr: csr_matrix) -> Counts:
+        """The coordinates of a canonical SciPy matrix."""
+        length_n = np.diff(csr.indptr)
+        coordinates = (csr.indptr, np.repeat(np.arange(len(length_n)), length_n), csr.indices)
+        start, row_m, col_m = (torch.from_numpy(c.astype(np.int64, copy=False)) for c in coordinates)
+        return cls(start, row_m, col_m, torch.from_numpy(csr.data.astype(np.float32)), csr.shape[1])
 
     @classmethod
     def from_dense(cls, x_ng: Tensor) -> Counts:

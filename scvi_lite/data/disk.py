@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from scipy import sparse
 from torch import Tensor
 
-from scvi_lite.data.batch import Batch
-from scvi_lite.data.store import CellStore, cell_tensors, load, read_rows
+from scvi_lite.data.batch import Batch, Counts
+from scvi_lite.data.checks import is_sparse_file
+from scvi_lite.data.rows import Rows, row_sums
+from scvi_lite.data.store import CellStore, cell_tensors, load
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -39,8 +40,7 @@ class LazyStore:
     device = torch.device("cpu")
 
     def __init__(self, adata: AnnData, registry: Registry, row_n: np.ndarray | None = None):
-        matrix = registry.read(adata, "x")
-        self.matrix = matrix.tocsr() if sparse.issparse(matrix) else matrix
+        self.matrix = Rows(registry.read(adata, "x"))
         self.cells = cell_tensors(adata, registry)
         self.row_n = torch.arange(adata.n_obs) if row_n is None else torch.from_numpy(row_n)
 
@@ -49,10 +49,10 @@ class LazyStore:
 
     def __getitem__(self, row_n: Tensor) -> Batch:
         row_n = self.row_n[row_n]
-        counts = read_rows(self.matrix, row_n.numpy())
-        cells = {name: values[row_n] for name, values in self.cells.items()}
-        cells.setdefault("total_n", counts.totals())
-        return Batch(x=counts.gather(torch.arange(len(counts))), **cells)
+        csr = self.matrix[row_n.numpy()]
+        cells = {name: values.index_select(0, row_n) for name, values in self.cells.items()}
+        cells.setdefault("total_n", torch.from_numpy(row_sums(csr.indptr, csr.data)))
+        return Batch(x=Counts.from_csr(csr), **cells)
 
     def take(self, row_n: Tensor) -> LazyStore:
         """A store of some of the cells."""
@@ -78,11 +78,8 @@ def load_for_training(adata: AnnData, registry: Registry) -> CellStore | LazySto
 
 
 def _compact_bytes(matrix: Any) -> int:
-    from anndata.abc import CSCDataset, CSRDataset
-
-    if isinstance(matrix, CSRDataset | CSCDataset):
-        return BYTES_PER_NONZERO * int(matrix.group["data"].shape[0])
-    return BYTES_PER_NONZERO * int(np.prod(matrix.shape))
+    stored = matrix.group["data"].shape[0] if is_sparse_file(matrix) else np.prod(matrix.shape)
+    return BYTES_PER_NONZERO * int(stored)
 
 
 def _free_memory() -> int:

@@ -6,27 +6,24 @@ that state, the one it was registered with or a new one.
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pandas as pd
-from scipy import sparse
 
+from scvi_lite.data.checks import check_counts
 from scvi_lite.errors import UnknownKeyError, listing, unknown
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
-CHUNK = 1 << 22  # numbers looked at in one go when counts are checked
-
 
 class Field(ABC):
     """One thing that a model reads. ``name`` is the attribute of :class:`~scvi_lite.data.batch.Batch` it fills."""
 
-    kind: str
+    kind: ClassVar[str]
 
     def __init__(self, name: str):
         self.name = name
@@ -35,9 +32,9 @@ class Field(ABC):
     def register(self, adata: AnnData) -> dict[str, Any]:
         """Check the data and give the field's state."""
 
-    @staticmethod
+    @classmethod
     @abstractmethod
-    def read(adata: AnnData, state: dict[str, Any]) -> Any:
+    def read(cls, adata: AnnData, state: dict[str, Any]) -> Any:
         """The data of this field, in the coding of ``state``."""
 
 
@@ -56,9 +53,10 @@ class Matrix(Field):
         check_counts(matrix, "adata.X" if self.layer is None else f"adata.layers[{self.layer!r}]", self.counts)
         return state
 
-    @staticmethod
-    def read(adata: AnnData, state: dict[str, Any]) -> Any:
-        layer = state.get("layer")
+    @classmethod
+    def read(cls, adata: AnnData, state: dict[str, Any]) -> Any:
+        """The matrix as it is, in memory or in a file."""
+        layer = state["layer"]
         if layer is None:
             if adata.X is None:
                 raise ValueError("adata.X is empty. Put the counts there, or name the layer that has them: layer=...")
@@ -78,38 +76,15 @@ class Categorical(Field):
         self.argument, self.key = argument, key
 
     def register(self, adata: AnnData) -> dict[str, Any]:
-        state: dict[str, Any] = {"argument": self.argument, "key": self.key, "categories": [0]}
-        if self.key is not None:
-            state["categories"] = categories_of(obs_column(adata, self.argument, self.key), self.argument, self.key)
-        return state
+        categories = [0] if self.key is None else categories_of(adata, self.argument, self.key)
+        return {"argument": self.argument, "key": self.key, "categories": categories}
 
-    @staticmethod
-    def read(adata: AnnData, state: dict[str, Any]) -> np.ndarray:
+    @classmethod
+    def read(cls, adata: AnnData, state: dict[str, Any]) -> np.ndarray:
         """Codes (n,) int64."""
-        if state.get("key") is None:
+        if state["key"] is None:
             return np.zeros(adata.n_obs, dtype=np.int64)
-        column = obs_column(adata, state["argument"], state["key"])
-        return encode(column, state["categories"], state["argument"], state["key"])
-
-
-class Categoricals(Field):
-    """Several columns of ``obs`` as codes (n, c)."""
-
-    kind = "categoricals"
-
-    def __init__(self, name: str, argument: str, keys: Sequence[str] | None):
-        super().__init__(name)
-        self.argument, self.keys = argument, check_keys(argument, keys)
-
-    def register(self, adata: AnnData) -> dict[str, Any]:
-        columns = [Categorical(self.name, self.argument, key).register(adata) for key in self.keys]
-        return {"columns": columns}
-
-    @staticmethod
-    def read(adata: AnnData, state: dict[str, Any]) -> np.ndarray:
-        """Codes (n, c) int64."""
-        columns = [Categorical.read(adata, column) for column in state["columns"]]
-        return np.stack(columns, axis=1) if columns else np.zeros((adata.n_obs, 0), dtype=np.int64)
+        return encode(adata, state["categories"], state["argument"], state["key"])
 
 
 class Continuous(Field):
@@ -126,48 +101,59 @@ class Continuous(Field):
         self.read(adata, state)
         return state
 
-    @staticmethod
-    def read(adata: AnnData, state: dict[str, Any]) -> np.ndarray:
+    @classmethod
+    def read(cls, adata: AnnData, state: dict[str, Any]) -> np.ndarray:
         """Numbers (n,) float32."""
         argument, key = state["argument"], state["key"]
         column = obs_column(adata, argument, key)
-        try:
-            values = column.to_numpy(dtype=np.float64, na_value=np.nan)
-        except (TypeError, ValueError):
+        if column.dtype.kind not in "uifb":
             raise ValueError(
-                f"{argument}={key!r}: adata.obs[{key!r}] holds {column.dtype}, not numbers. "
-                f"Convert it with pandas.to_numeric, or give it as a categorical covariate."
-            ) from None
-        bad = ~np.isfinite(values)
-        if bad.any():
-            raise ValueError(
-                f"{argument}={key!r}: {bad.sum()} of {len(values)} cells have a missing or infinite value in "
-                f"adata.obs[{key!r}]. Fill them, or leave these cells out: adata[adata.obs[{key!r}].notna()].copy()"
+                f"{argument}={key!r}: adata.obs[{key!r}] holds {column.dtype}, not numbers. Convert it: adata.obs[{key!r}] "
+                f"= pandas.to_numeric(adata.obs[{key!r}].astype(str)). A column of names is a categorical covariate."
             )
-        if state["positive"] and (values <= 0).any():
+        check_missing(column, argument, key)
+        with np.errstate(over="ignore"):  # what float32 cannot hold counts as infinite
+            value_n = column.to_numpy(dtype=np.float64).astype(np.float32)
+        if not np.isfinite(value_n).all():
+            raise ValueError(f"{argument}={key!r}: {(~np.isfinite(value_n)).sum()} cells have an infinite value.")
+        if state["positive"] and (value_n <= 0).any():
             raise ValueError(
-                f"{argument}={key!r}: {(values <= 0).sum()} cells have a value of zero or less; all must be positive."
+                f"{argument}={key!r}: {(value_n <= 0).sum()} cells have a value of zero or less; all must be positive. "
+                f"Leave these cells out: adata = adata[adata.obs[{key!r}] > 0].copy()"
             )
-        return values.astype(np.float32)
+        return value_n
 
 
-class Continuouses(Field):
-    """Several columns of ``obs`` as numbers (n, d)."""
+class Columns(Field):
+    """Several columns of ``obs``, each read as a field of its own, side by side."""
 
-    kind = "continuouses"
+    one: ClassVar[type[Categorical] | type[Continuous]]
+    dtype: ClassVar[type[np.generic]]
 
-    def __init__(self, name: str, argument: str, keys: Sequence[str] | None):
+    def __init__(self, name: str, argument: str, keys: Iterable[str] | None):
         super().__init__(name)
         self.argument, self.keys = argument, check_keys(argument, keys)
 
     def register(self, adata: AnnData) -> dict[str, Any]:
-        return {"columns": [Continuous(self.name, self.argument, key).register(adata) for key in self.keys]}
+        return {"columns": [self.one(self.name, self.argument, key).register(adata) for key in self.keys]}
 
-    @staticmethod
-    def read(adata: AnnData, state: dict[str, Any]) -> np.ndarray:
-        """Numbers (n, d) float32."""
-        columns = [Continuous.read(adata, column) for column in state["columns"]]
-        return np.stack(columns, axis=1) if columns else np.zeros((adata.n_obs, 0), dtype=np.float32)
+    @classmethod
+    def read(cls, adata: AnnData, state: dict[str, Any]) -> np.ndarray:
+        """The columns (n, number of columns)."""
+        columns = [cls.one.read(adata, column) for column in state["columns"]]
+        return np.stack(columns, axis=1) if columns else np.zeros((adata.n_obs, 0), cls.dtype)
+
+
+class Categoricals(Columns):
+    """Several columns of ``obs`` as codes (n, c) int64."""
+
+    kind, one, dtype = "categoricals", Categorical, np.int64
+
+
+class Continuouses(Columns):
+    """Several columns of ``obs`` as numbers (n, d) float32."""
+
+    kind, one, dtype = "continuouses", Continuous, np.float32
 
 
 class Embedding(Field):
@@ -184,8 +170,8 @@ class Embedding(Field):
         self.read(adata, state)
         return state
 
-    @staticmethod
-    def read(adata: AnnData, state: dict[str, Any]) -> np.ndarray:
+    @classmethod
+    def read(cls, adata: AnnData, state: dict[str, Any]) -> np.ndarray:
         """Numbers (n, k) float32."""
         argument, key = state["argument"], state["key"]
         if key not in adata.obsm:
@@ -196,45 +182,70 @@ class Embedding(Field):
 KINDS: dict[str, type[Field]] = {f.kind: f for f in (Matrix, Categorical, Categoricals, Continuous, Continuouses, Embedding)}
 
 
-def check_keys(argument: str, keys: Sequence[str] | None) -> list[str]:
+def check_keys(argument: str, keys: Iterable[str] | None) -> list[str]:
     """The keys as a list; one string where a list belongs is a common slip."""
     if isinstance(keys, str):
         raise ValueError(f"{argument}={keys!r}: a list of column names is needed. Write {argument}=[{keys!r}].")
-    return list(keys or [])
+    keys = [] if keys is None else list(keys)
+    if repeated := [key for i, key in enumerate(keys) if key in keys[:i]]:
+        raise ValueError(f"{argument} names {repeated[0]!r} more than once; give each column once.")
+    return keys
 
 
 def obs_column(adata: AnnData, argument: str, key: str) -> pd.Series:
     """A column of ``adata.obs``, or an error that names the nearest one."""
-    if not isinstance(key, str) or key not in adata.obs.columns:
+    if not isinstance(key, str | int) or key not in adata.obs.columns:
         raise UnknownKeyError(unknown(argument, key, adata.obs.columns, "a column of adata.obs", "Columns"))
-    return adata.obs[key]
+    column = adata.obs[key]
+    if column.ndim > 1:
+        raise ValueError(f"{argument}={key!r}: adata.obs has {column.shape[1]} columns of this name; rename them.")
+    return column
 
 
-def categories_of(column: pd.Series, argument: str, key: str) -> list[Any]:
+def categories_of(adata: AnnData, argument: str, key: str) -> list[Any]:
     """The categories in use: in their own order for a categorical column, else sorted."""
+    column = obs_column(adata, argument, key)
     check_missing(column, argument, key)
     if isinstance(column.dtype, pd.CategoricalDtype):
-        categories = column.cat.remove_unused_categories().cat.categories
+        values = column.cat.remove_unused_categories().cat.categories.tolist()
     else:
-        categories = pd.Index(sorted(column.unique(), key=lambda value: (str(type(value)), value)))
-    return [value.item() if isinstance(value, np.generic) else value for value in categories.tolist()]
-
-
-def encode(column: pd.Series, categories: Sequence[Any], argument: str, key: str) -> np.ndarray:
-    """Codes of the values among ``categories``; an error for a value that is not one of them."""
-    check_missing(column, argument, key)
-    # Values are compared as text: files and pandas versions change between bool, int, str and categorical.
-    column = column.astype("category")
-    code_of = pd.Index([str(c) for c in categories]).get_indexer([str(c) for c in column.cat.categories])
-    codes = code_of[column.cat.codes.to_numpy()].astype(np.int64)
-    if (codes < 0).any():
-        new = list(dict.fromkeys(str(value) for value in column[codes < 0]))
+        values = sorted(column.unique().tolist(), key=lambda value: (str(type(value)), value))
+    texts = pd.Index([text_of(value) for value in values])
+    if not texts.is_unique:
         raise ValueError(
-            f"{argument}={key!r}: {(codes < 0).sum()} cells have {listing(new)} in adata.obs[{key!r}], which the "
+            f"{argument}={key!r}: values of different types in adata.obs[{key!r}] read {texts[texts.duplicated()][0]!r}. "
+            f"Make them one: adata.obs[{key!r}] = adata.obs[{key!r}].astype(str)"
+        )
+    # What JSON has no type for (dates, intervals) is kept as text, and a whole number as an integer.
+    values = [int(value) if isinstance(value, float) and value.is_integer() else value for value in values]
+    return [value if isinstance(value, bool | int | float | str) else str(value) for value in values]
+
+
+def text_of(value: Any) -> str:
+    """How a category is compared: files and pandas versions change between bool, int, float, str and categorical.
+
+    >>> text_of(2.0), text_of(2), text_of("2"), text_of(0.5), text_of(True)
+    ('2', '2', '2', '0.5', 'True')
+    """
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def encode(adata: AnnData, categories: Sequence[Any], argument: str, key: str) -> np.ndarray:
+    """Codes (n,) int64 of a column's values among ``categories``; an error for a value that is not one of them."""
+    column = obs_column(adata, argument, key)
+    check_missing(column, argument, key)
+    column = column.astype("category")
+    here = column.cat.categories.tolist()
+    code_of = pd.Index([text_of(c) for c in categories]).get_indexer([text_of(c) for c in here])
+    code_n = code_of[column.cat.codes.to_numpy()].astype(np.int64)
+    if (code_n < 0).any():
+        new = list(dict.fromkeys(column[code_n < 0].astype(str)))
+        raise ValueError(
+            f"{argument}={key!r}: {(code_n < 0).sum()} cells have {listing(new)} in adata.obs[{key!r}], which the "
             f"model was not set up with. It knows {listing(categories)}. Leave these cells out, "
             "recode them, or train a model with them."
         )
-    return codes
+    return code_n
 
 
 def check_missing(column: pd.Series, argument: str, key: str) -> None:
@@ -245,54 +256,3 @@ def check_missing(column: pd.Series, argument: str, key: str) -> None:
             f"{argument}={key!r}: {missing.sum()} of {len(column)} cells have no value in adata.obs[{key!r}]. Give "
             f"them one, or leave them out: adata = adata[adata.obs[{key!r}].notna()].copy()"
         )
-
-
-def value_blocks(matrix: Any) -> Iterator[np.ndarray]:
-    """The stored numbers of a sparse, dense or backed matrix, in blocks of bounded size."""
-    if sparse.issparse(matrix):
-        for i in range(0, len(matrix.data), CHUNK):
-            yield matrix.data[i : i + CHUNK]
-    else:
-        step = max(1, CHUNK // max(1, matrix.shape[1]))
-        for i in range(0, matrix.shape[0], step):
-            block = matrix[i : i + step]
-            yield block.data if sparse.issparse(block) else np.asarray(block)
-
-
-def check_counts(matrix: Any, where: str, counts: bool = True) -> None:
-    """Refuse NaN and infinity, and for counts negative numbers; warn of fractions."""
-    if not (sparse.issparse(matrix) or has_rows(matrix)):
-        raise TypeError(
-            f"{where} is a {type(matrix).__name__}. A NumPy array, a SciPy sparse matrix or a backed file is needed."
-        )
-    if np.dtype(matrix.dtype).kind not in "uifb":
-        raise ValueError(f"{where} holds {matrix.dtype}, not numbers.")
-    fractions = False
-    for block in value_blocks(matrix):
-        if block.dtype.kind == "f" and not np.isfinite(block).all():
-            n_nan, n_inf = int(np.isnan(block).sum()), int(np.isinf(block).sum())
-            raise ValueError(
-                f"{where} holds NaN or infinite values (a block has {n_nan} NaN, {n_inf} infinite). Counts are needed: "
-                "look where they come from, or leave these cells or genes out."
-            )
-        if counts and block.size and block.min() < 0:
-            raise ValueError(
-                f"{where} holds negative values (down to {block.min():g}). Raw counts are needed; scaled or centred "
-                "data does not fit. If the counts are elsewhere, name their layer: layer=..."
-            )
-        fractions = fractions or (counts and block.dtype.kind == "f" and bool((block != np.rint(block)).any()))
-    if fractions:
-        warnings.warn(
-            f"{where} holds fractions, not counts. The model is made for raw counts: if you have them in a layer, "
-            "say layer=...",
-            UserWarning,
-            stacklevel=2,
-        )
-
-
-def has_rows(matrix: Any) -> bool:
-    """Whether rows can be sliced out: NumPy arrays and the backed matrices of anndata."""
-    import h5py
-    from anndata.abc import CSCDataset, CSRDataset
-
-    return isinstance(matrix, np.ndarray | CSRDataset | CSCDataset | h5py.Dataset)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from scvi_lite.data.fields import KINDS, Field
 
@@ -15,6 +14,13 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 UNS_KEY = "scvi_lite"
+CURES = {
+    "str": "Read the file first: anndata.read_h5ad(path).",
+    "PosixPath": "Read the file first: anndata.read_h5ad(path).",
+    "DataFrame": "Make one: anndata.AnnData(frame), with cells as rows.",
+    "MuData": "Give one of its modalities, as in mdata['rna'].",
+    "ndarray": "Make one: anndata.AnnData(counts), with cells as rows.",
+}
 
 
 @dataclass(frozen=True)
@@ -46,10 +52,15 @@ class Registry:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Registry:
-        """From :meth:`to_dict`, also after a trip through a file."""
-        plain = _plain(data)
+        """From :meth:`to_dict`.
+
+        Raises
+        ------
+        ValueError
+            If a part is missing.
+        """
         try:
-            return cls(**{name: plain[name] for name in cls.__dataclass_fields__})
+            return cls(**{name: data[name] for name in cls.__dataclass_fields__})
         except KeyError as error:
             raise ValueError(f"The setup that was found has no {error}; it is damaged. Call setup_anndata again.") from None
 
@@ -80,12 +91,17 @@ def register(adata: AnnData, model_name: str, fields: Sequence[Field], setup_arg
         If there are no cells or genes, if names repeat, or if a field does not fit.
     """
     check_anndata(adata)
+    if adata.isbacked and adata.is_view:
+        raise ValueError(
+            "adata is a view of a backed file, in which nothing can be noted. Call setup_anndata with the whole AnnData and "
+            "take the view then; or read the view into memory: adata = adata.to_memory()."
+        )
     states = {field.name: {"kind": field.kind, **field.register(adata)} for field in fields}
     registry = Registry(model_name, setup_args, states, adata.n_obs, adata.n_vars)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Trying to modify attribute", category=UserWarning)  # a view becomes a copy
-        setups = dict(adata.uns.get(UNS_KEY, {}))
-        adata.uns[UNS_KEY] = setups | {model_name: _without_none(registry.to_dict())}
+        # As text, because an .h5ad file keeps no None and no empty or mixed list as it was.
+        adata.uns[UNS_KEY] = dict(adata.uns.get(UNS_KEY, {})) | {model_name: json.dumps(registry.to_dict())}
     return registry
 
 
@@ -95,7 +111,7 @@ def find(adata: AnnData, model_name: str) -> Registry:
     Raises
     ------
     RuntimeError
-        If there is none for this model.
+        If there is none for this model, or genes were added or left out since.
     """
     setups = adata.uns.get(UNS_KEY, {})
     if model_name not in setups:
@@ -103,15 +119,30 @@ def find(adata: AnnData, model_name: str) -> Registry:
         raise RuntimeError(
             f"This AnnData is not set up for {model_name}.{other} Call {model_name}.setup_anndata(adata, ...) first."
         )
-    return Registry.from_dict(setups[model_name])
+    registry = Registry.from_dict(json.loads(setups[model_name]))
+    if registry.n_features != adata.n_vars:
+        raise RuntimeError(
+            f"This AnnData was set up for {model_name} with {registry.n_features} genes and has {adata.n_vars} now. Call "
+            f"{model_name}.setup_anndata(adata, ...) again."
+        )
+    return registry
 
 
 def check_anndata(adata: Any) -> None:
-    """Refuse what is not an AnnData, or an empty one, or one with repeated gene names."""
+    """Refuse what is not an AnnData, or an empty one, or one with repeated gene names.
+
+    Raises
+    ------
+    TypeError
+        If it is something else.
+    ValueError
+        If there are no cells or no genes, or names repeat.
+    """
     from anndata import AnnData
 
     if not isinstance(adata, AnnData):
-        raise TypeError(f"adata is a {type(adata).__name__}; an AnnData is needed: anndata.read_h5ad(path).")
+        kind = type(adata).__name__
+        raise TypeError(f"adata is a {kind}; an AnnData is needed. {CURES.get(kind, '')}".rstrip())
     if adata.n_obs == 0 or adata.n_vars == 0:
         raise ValueError(f"adata has {adata.n_obs} cells and {adata.n_vars} genes; at least one of each is needed.")
     if not adata.var_names.is_unique:
@@ -120,31 +151,3 @@ def check_anndata(adata: Any) -> None:
             f"adata.var_names repeats {len(repeated)} names, {repeated[0]!r} for one. "
             "Call adata.var_names_make_unique() first."
         )
-
-
-def _without_none(value: Any) -> Any:
-    """Drop what is None: ``.h5ad`` files of every version hold the rest."""
-    if isinstance(value, dict):
-        return {k: _without_none(v) for k, v in value.items() if v is not None}
-    if isinstance(value, list):
-        return {str(i): _without_none(v) for i, v in enumerate(value)} if _has_dicts(value) else list(value)
-    return value
-
-
-def _plain(value: Any) -> Any:
-    """Undo :func:`_without_none` and what an ``.h5ad`` file makes of lists and numbers."""
-    if isinstance(value, dict):
-        if value and all(k.isdigit() for k in value):
-            return [_plain(value[str(i)]) for i in range(len(value))]
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return value
-
-
-def _has_dicts(value: list[Any]) -> bool:
-    return any(isinstance(v, dict) for v in value)

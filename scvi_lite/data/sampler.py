@@ -63,7 +63,14 @@ class TrainingSampler(Sampler[Tensor]):
     """
 
     def __init__(
-        self, n_rows: int, batch_size: int, seed: int, *, n_fewest: int | None = None, rank: int = 0, drop_last: bool = False
+        self,
+        n_rows: int,
+        batch_size: int,
+        seed: int,
+        *,
+        n_fewest: int | None = None,
+        rank: int = 0,
+        drop_last: bool = False,
     ):
         self.n_rows, self.batch_size, self.seed, self.rank = n_rows, batch_size, seed, rank
         n_fewest = n_rows if n_fewest is None else n_fewest

@@ -12,19 +12,23 @@ from scipy import sparse
 from torch import Tensor
 
 from scvi_lite.data.batch import Batch, Counts
-from scvi_lite.data.fields import CHUNK, Matrix
+from scvi_lite.data.checks import CHUNK, has_fractions
+from scvi_lite.data.fields import Matrix
+from scvi_lite.data.rows import Rows, canonical, row_sums
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
     from scvi_lite.data.registry import Registry
 
+WIDTHS = (torch.uint8, torch.int16, torch.int32, torch.float32)  # how counts are stored, narrowest first
+
 
 @dataclass
 class CompactCSR:
     """A cells × features matrix with 3 to 5 bytes for each non-zero of a typical count matrix."""
 
-    start: Tensor  #: (n + 1,) int64
+    start: Tensor  #: (n + 1,) int64, always on the CPU: the size of a minibatch is known without asking the device
     col: Tensor  #: (m,) int16 or int32
     value: Tensor  #: (m,) uint8, int16, int32 or float32: the narrowest that holds the numbers
     n_features: int
@@ -32,13 +36,7 @@ class CompactCSR:
     @classmethod
     def from_matrix(cls, matrix: Any) -> CompactCSR:
         """From a SciPy sparse matrix or a dense array."""
-        csr = sparse.csr_matrix(matrix)
-        if not csr.has_canonical_format:
-            csr = csr.copy() if csr is matrix else csr
-            csr.sum_duplicates()
-        if csr.nnz and not csr.data.all():
-            csr = csr.copy()
-            csr.eliminate_zeros()
+        csr = canonical(matrix)
         col_type = np.int16 if csr.shape[1] <= np.iinfo(np.int16).max else np.int32
         return cls(
             torch.from_numpy(csr.indptr.astype(np.int64)),
@@ -50,12 +48,12 @@ class CompactCSR:
     @classmethod
     def join(cls, parts: list[CompactCSR]) -> CompactCSR:
         """Stack the cells of several."""
-        offsets = np.cumsum([0] + [int(part.start[-1]) for part in parts[:-1]])
-        starts = [part.start[1:] + int(offset) for part, offset in zip(parts, offsets, strict=True)]
+        width = max((part.value.dtype for part in parts), key=WIDTHS.index)
+        length_n = torch.cat([part.start.diff() for part in parts])
         return cls(
-            torch.cat([parts[0].start[:1], *starts]),
+            torch.cat([torch.zeros(1, dtype=torch.int64), length_n.cumsum(0)]),
             torch.cat([part.col for part in parts]),
-            torch.cat([part.value.to(_common(parts)) for part in parts]),
+            torch.cat([part.value.to(width) for part in parts]),
             parts[0].n_features,
         )
 
@@ -64,32 +62,39 @@ class CompactCSR:
 
     def totals(self) -> Tensor:
         """Sum of each row, (n,) float32."""
-        cumulative = torch.zeros(self.value.shape[0] + 1, dtype=torch.float64)
-        torch.cumsum(self.value, 0, dtype=torch.float64, out=cumulative[1:])
-        return (cumulative[self.start[1:]] - cumulative[self.start[:-1]]).float()
+        return torch.from_numpy(row_sums(self.start.numpy(), self.value.cpu().numpy()))
 
-    def _positions(self, row_n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """For rows: the new starts, the row of each non-zero, and its position in this matrix."""
-        first_n = self.start[row_n]
-        length_n = self.start[row_n + 1] - first_n
-        start = torch.zeros(row_n.shape[0] + 1, dtype=torch.int64, device=row_n.device)
+    def _find(self, row_n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """For rows: the new starts (on the CPU), the lengths, and the position of each non-zero in this matrix."""
+        row_n = row_n.cpu()
+        first_n = self.start.index_select(0, row_n)
+        length_n = self.start.index_select(0, row_n + 1).sub_(first_n)
+        start = torch.zeros(row_n.shape[0] + 1, dtype=torch.int64)
         torch.cumsum(length_n, 0, out=start[1:])
-        row_m = torch.repeat_interleave(length_n)
-        position_m = torch.arange(row_m.shape[0], device=row_n.device) + (first_n - start[:-1])[row_m]
-        return start, row_m, position_m
+        m, device = int(start[-1]), self.col.device
+        position_m = spread(first_n.sub_(start[:-1]), length_n, m, device)
+        return start, length_n, position_m.add_(torch.arange(m, device=device))
 
     def take(self, row_n: Tensor) -> CompactCSR:
         """Some of the rows, in the order asked for."""
-        start, _, position_m = self._positions(row_n)
+        start, _, position_m = self._find(row_n)
         return replace(self, start=start, col=self.col[position_m], value=self.value[position_m])
 
     def gather(self, row_n: Tensor) -> Counts:
         """The counts of some rows as a minibatch reads them."""
-        start, row_m, position_m = self._positions(row_n)
-        return Counts(start, row_m, self.col[position_m].long(), self.value[position_m].float(), self.n_features)
+        start, length_n, position_m = self._find(row_n)
+        device = self.col.device
+        return Counts(
+            start.to(device),
+            spread(torch.arange(len(length_n)), length_n, len(position_m), device),
+            self.col.index_select(0, position_m).long(),
+            self.value.index_select(0, position_m).float(),
+            self.n_features,
+        )
 
     def to(self, device: torch.device | str) -> CompactCSR:
-        return replace(self, start=self.start.to(device), col=self.col.to(device), value=self.value.to(device))
+        """The same rows with their numbers on a device."""
+        return replace(self, col=self.col.to(device), value=self.value.to(device))
 
 
 @dataclass
@@ -107,7 +112,8 @@ class CellStore:
 
     @property
     def device(self) -> torch.device:
-        return self.x.start.device
+        """Where the minibatches are made."""
+        return self.x.col.device
 
     @property
     def n_bytes(self) -> int:
@@ -116,20 +122,33 @@ class CellStore:
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def __getitem__(self, row_n: Tensor) -> Batch:
-        row_n = row_n.to(self.device)
-        return Batch(x=self.x.gather(row_n), **{name: values[row_n] for name, values in self.cells.items()})
+        on_device = row_n.to(self.device)
+        cells = {name: values.index_select(0, on_device) for name, values in self.cells.items()}
+        return Batch(x=self.x.gather(row_n), **cells)
 
     def take(self, row_n: Tensor) -> CellStore:
         """A store of some of the cells; ``row_n`` of its batches still counts in the whole data set."""
         return CellStore(self.x.take(row_n), {name: values[row_n] for name, values in self.cells.items()})
 
     def to(self, device: torch.device | str) -> CellStore:
+        """The same cells on a device."""
         return CellStore(self.x.to(device), {name: values.to(device) for name, values in self.cells.items()})
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """All cells in order."""
         for row_n in torch.arange(len(self)).split(batch_size):
             yield self[row_n]
+
+
+def spread(value_n: Tensor, length_n: Tensor, m: int, device: torch.device) -> Tensor:
+    """Each value repeated by its length, ``m`` in all, on a device.
+
+    >>> spread(torch.tensor([7, 8]), torch.tensor([1, 2]), 3, torch.device("cpu"))
+    tensor([7, 8, 8])
+    """
+    if device.type == "cpu":
+        return torch.from_numpy(np.repeat(value_n.numpy(), length_n.numpy()))  # eight times as fast as PyTorch's
+    return value_n.to(device).repeat_interleave(length_n.to(device), output_size=m)
 
 
 def cell_tensors(adata: AnnData, registry: Registry) -> dict[str, Tensor]:
@@ -142,30 +161,19 @@ def cell_tensors(adata: AnnData, registry: Registry) -> dict[str, Tensor]:
 
 
 def load(adata: AnnData, registry: Registry) -> CellStore:
-    """Read all cells into a store on the CPU. Backed files are read a block of rows at a time."""
+    """Read all cells into a store on the CPU."""
     counts = read_rows(registry.read(adata, "x"))
     cells = cell_tensors(adata, registry)
     cells.setdefault("total_n", counts.totals())
     return CellStore(counts, cells)
 
 
-def read_rows(matrix: Any, row_n: np.ndarray | None = None) -> CompactCSR:
-    """Rows of an in-memory or backed matrix as compact CSR, in the order asked for."""
+def read_rows(matrix: Any) -> CompactCSR:
+    """All rows of a matrix as compact CSR; dense ones and files are read a block of rows at a time."""
     if sparse.issparse(matrix):
-        return CompactCSR.from_matrix(matrix if row_n is None else matrix.tocsr()[row_n])
-    # Dense and backed matrices are read in blocks. Files want increasing row numbers without repeats.
-    wanted = np.arange(matrix.shape[0]) if row_n is None else np.unique(row_n)
-    step = max(1, CHUNK // matrix.shape[1])
-    parts = [_read_block(matrix, wanted[i : i + step]) for i in range(0, len(wanted), step)]
-    whole = CompactCSR.join(parts)
-    if row_n is None or np.array_equal(wanted, row_n):
-        return whole
-    return whole.take(torch.from_numpy(np.searchsorted(wanted, row_n)))
-
-
-def _read_block(matrix: Any, row_n: np.ndarray) -> CompactCSR:
-    contiguous = row_n[-1] - row_n[0] + 1 == len(row_n)
-    return CompactCSR.from_matrix(matrix[int(row_n[0]) : int(row_n[-1]) + 1] if contiguous else matrix[row_n])
+        return CompactCSR.from_matrix(matrix)
+    rows = Rows(matrix)
+    return CompactCSR.join([CompactCSR.from_matrix(rows[block]) for block in rows.blocks()])
 
 
 def narrowest(values: np.ndarray) -> type[np.generic]:
@@ -176,20 +184,8 @@ def narrowest(values: np.ndarray) -> type[np.generic]:
     """
     if values.size == 0:
         return np.uint8
+    if any(has_fractions(values[i : i + CHUNK]) for i in range(0, len(values), CHUNK)):
+        return np.float32
     low, high = values.min(), values.max()
-    if values.dtype.kind == "f":
-        blocks = (values[i : i + CHUNK] for i in range(0, len(values), CHUNK))
-        if any((block != np.rint(block)).any() for block in blocks):
-            return np.float32
-    for candidate in (np.uint8, np.int16, np.int32):
-        if np.iinfo(candidate).min <= low and high <= np.iinfo(candidate).max:
-            return candidate
-    return np.float32
-
-
-def _common(parts: list[CompactCSR]) -> torch.dtype:
-    dtypes = [part.value.dtype for part in parts]
-    order = [torch.uint8, torch.int16, torch.int32, torch.float32]
-    widest = max(dtypes, key=order.index)
-    # int32 beside float32 would lose nothing that float32 training could use.
-    return widest
+    fits = (t for t in (np.uint8, np.int16, np.int32) if np.iinfo(t).min <= low and high <= np.iinfo(t).max)
+    return next(fits, np.float32)

@@ -1,13 +1,11 @@
-"""Progress, stopping and checkpoints: thin layers on Lightning's own."""
+"""Stopping: by a metric, by Ctrl-C, on one device or together on several."""
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,123 +13,27 @@ from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ProgressBar
-from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.callbacks import Callback, EarlyStopping
 
 
 class WarmEarlyStopping(EarlyStopping):
-    """Early stopping that looks only after some epochs."""
+    """Early stopping that looks only after some epochs, whenever its metric is new."""
 
-    def __init__(self, warmup_epochs: int = 0, **options: Any):
-        super().__init__(**options)
+    def __init__(self, monitor: str, warmup_epochs: int = 0, **options: Any):
+        # A metric of the training is new after each epoch, one of the validation after each validation.
+        super().__init__(monitor, check_on_train_epoch_end=not monitor.startswith(VALIDATION), **options)
         self.warmup_epochs = warmup_epochs
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.current_epoch >= self.warmup_epochs:
-            super().on_train_epoch_end(trainer, pl_module)
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.current_epoch >= self.warmup_epochs:
-            super().on_validation_end(trainer, pl_module)
-
-
-class TrainingBar:
-    """One bar over all epochs, in a terminal and in a notebook; it moves within long epochs too."""
-
-    def __init__(self) -> None:
-        self.bar: Any = None
-
-    def show(self, position: float, total: int | None, metrics: dict[str, float]) -> None:
-        """Draw the bar at a position, in epochs."""
-        if self.bar is None:
-            from tqdm.auto import tqdm
-
-            form = "{l_bar}{bar}| {n:.0f}/{total_fmt} epochs [{elapsed}<{remaining}{postfix}]"
-            self.bar = tqdm(total=total, initial=position, desc="Training", bar_format=form, mininterval=0.2)
-        self.bar.set_postfix({name: f"{value:.1f}" for name, value in metrics.items()}, refresh=False)
-        self.bar.update(position - self.bar.n)
-
-    def close(self) -> None:
-        """Leave the bar as it is."""
-        if self.bar is not None:
-            self.bar.close()
-
-
-class Progress(ProgressBar):
-    """Tells how far the training is, a few times a second."""
-
-    INTERVAL = 0.2  # seconds
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.metrics: dict[str, float] = {}
-        self.last = 0.0
-        self._enabled = True
-
-    def show(self, position: float, total: int | None, metrics: dict[str, float]) -> None:
-        """Called with the position in epochs, their number, and the latest metrics."""
-
-    def close(self) -> None:
-        """Called at the end, also of a training that failed."""
-
-    def disable(self) -> None:
-        """Called by Lightning on every rank but the first."""
-        self._enabled = False
-
-    def enable(self) -> None:
-        self._enabled = True
-
-    def _tell(self, trainer: pl.Trainer, position: float) -> None:
-        if self._enabled:
-            self.last = time.monotonic()
-            total = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
-            self.show(position=position, total=total, metrics=self.metrics)
-
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._tell(trainer, trainer.current_epoch)
+        """A resumed training that had stopped stays so, unless more patience is asked for now."""
+        if self.wait_count >= self.patience:
+            trainer.should_stop = True
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if time.monotonic() - self.last > self.INTERVAL:
-            self._tell(trainer, trainer.current_epoch + (batch_idx + 1) / trainer.num_training_batches)
+    def _should_skip_check(self, trainer: pl.Trainer) -> bool:
+        return trainer.current_epoch < self.warmup_epochs or super()._should_skip_check(trainer)
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        metrics = trainer.callback_metrics
-        named = {"train": "elbo_train", "validation": "elbo_validation"}
-        self.metrics = {name: float(metrics[key]) for name, key in named.items() if key in metrics}
-        last = trainer.current_epoch + 1 == trainer.max_epochs
-        if last or time.monotonic() - self.last > self.INTERVAL:
-            self._tell(trainer, trainer.current_epoch + 1)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.close()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self.close()
-
-
-class LocalProgress(Progress):
-    """Draws the bar in this process."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bar = TrainingBar()
-
-    def show(self, position: float, total: int | None, metrics: dict[str, float]) -> None:
-        self.bar.show(position, total, metrics)
-
-    def close(self) -> None:
-        self.bar.close()
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Checkpoints are written beside their place and renamed: a kill leaves the one before."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        part = f"{path}.part"
-        super().save_checkpoint(checkpoint, part, storage_options)
-        os.replace(part, path)
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict | {"patience": self.patience})
 
 
 class StopFlag:
@@ -148,7 +50,8 @@ class StopTogether(Callback):
     """Ends the training soon after a request, on every rank after the same step.
 
     On several ranks the first decides: it writes the number of the next step to a file that all look for after each
-    step. No rank can be past that step, since none finishes it without the gradients of the first.
+    step. No rank can be past that step, since none finishes it without the gradients of the first. Machines that share
+    no file ask the first rank after each step.
     """
 
     def __init__(self, stop: StopFlag):
@@ -156,46 +59,60 @@ class StopTogether(Callback):
         self.file: Path | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.world_size > 1:
+        if trainer.world_size > 1 and trainer.num_nodes == 1:
             name = tempfile.mktemp(prefix="scvi_lite_stop_") if trainer.is_global_zero else None
             self.file = Path(trainer.strategy.broadcast(name))
+        if trainer.world_size == 1 and self.stop.requested:
+            self._end(trainer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self.file is None:
-            trainer.should_stop = trainer.should_stop or self.stop.requested
-            return
-        if self.stop.requested and trainer.is_global_zero and not self.file.exists():
-            self.file.write_text(str(trainer.global_step + 1))
-        if self.file.exists() and trainer.global_step >= int(self.file.read_text() or sys.maxsize):
-            self.stop.request()
-            trainer.should_stop = True
+        if trainer.world_size == 1:
+            stop = self.stop.requested
+        elif self.file is None:
+            stop = trainer.strategy.broadcast(self.stop.requested)
+        else:
+            if self.stop.requested and trainer.is_global_zero and not self.file.exists():
+                self.file.write_text(str(trainer.global_step + 1))
+            stop = self.file.exists() and trainer.global_step >= int(self.file.read_text() or sys.maxsize)
+        if stop:
+            self._end(trainer)
+
+    def _end(self, trainer: pl.Trainer) -> None:
+        self.stop.request()
+        trainer.should_stop = True
+        # A user who interrupts means it, whatever the least number of epochs was.
+        trainer.fit_loop.min_epochs = 0
+        trainer.fit_loop.epoch_loop.min_steps = None
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.file is not None and trainer.is_global_zero:
+        if self.file is not None:
             trainer.strategy.barrier()
-            self.file.unlink(missing_ok=True)
-        elif self.file is not None:
-            trainer.strategy.barrier()
+            if trainer.is_global_zero:
+                self.file.unlink(missing_ok=True)
 
 
 @contextmanager
 def handle_interrupts(stop: StopFlag) -> Iterator[None]:
     """Ctrl-C or the stop button asks for the end of the training; a second one ends it at once."""
-    if threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
-        yield
-        return
 
     def on_signal(signum: int, frame: FrameType | None) -> None:
         if stop.requested:
             raise KeyboardInterrupt
         stop.request()
 
-    before = signal.signal(signal.SIGINT, on_signal)
+    main = threading.current_thread() is threading.main_thread()  # only the main thread gets signals
+    before = signal.signal(signal.SIGINT, on_signal) if main else None
     try:
         yield
-    except SystemExit:  # Lightning turns the second interrupt into the end of the process
-        raise KeyboardInterrupt from None
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # which Lightning turns into the end of the process
+            raise KeyboardInterrupt from None
+        raise
     finally:
-        signal.signal(signal.SIGINT, before)
+        if main:
+            signal.signal(signal.SIGINT, before or signal.default_int_handler)
+
+
+VALIDATION = ("validation_loss", *(f"{m}_validation" for m in ("elbo", "reconstruction_loss", "kl_local", "kl_global")))
