@@ -9,6 +9,13 @@ from typing import Any
 from scvi_lite.errors import unknown
 
 
+logger = logging.getLogger("scvi_lite")
+if not logger.handlers:
+    logger.addHandler(logging.StreamHandler())
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
 class Settings:
     """Settings that hold for all models of a session.
 
@@ -66,7 +73,7 @@ class Settings:
     @verbosity.setter
     def verbosity(self, level: int) -> None:
         self._values["verbosity"] = level
-        logging.getLogger("scvi_lite").setLevel(level)
+        logger.setLevel(level)
 
     @property
     def num_threads(self) -> int:
