@@ -20,6 +20,11 @@ SIGNED = {"z_mean", "library_loc", "px_zi_logits"}
 pytestmark = pytest.mark.skipif(not CASES, reason="the recorded models are not here")
 
 
+def recording(case):
+    with np.load(case / "outputs.npz") as arrays:
+        return dict(arrays)
+
+
 def answers(model, adata):
     """What the model says about each cell, under the names of the recording."""
     (batch,) = model._minibatches(adata, batch_size=adata.n_obs)
@@ -52,7 +57,7 @@ def test_recorded_answers(case):
     adata = anndata.read_h5ad(case / "adata.h5ad")
     model = SCVI.load(case, adata, accelerator="cpu")
     assert model.is_trained and len(model.train_indices) == 450
-    recorded = np.load(case / "outputs.npz")
+    recorded = recording(case)
     found = answers(model, adata)
     assert set(recorded) <= set(found)
     for name in recorded:
@@ -67,7 +72,7 @@ def test_latent_space(case):
     """The same through the call that a user makes."""
     adata = anndata.read_h5ad(case / "adata.h5ad")
     model = SCVI.load(case, adata, accelerator="cpu")
-    recorded = np.load(case / "outputs.npz")
+    recorded = recording(case)
     z_nk = model.get_latent_representation()
     if json.loads((case / "case.json").read_text())["args"].get("latent_distribution") == "ln":
         assert np.allclose(z_nk.sum(1), 1, atol=1e-5)
