@@ -27,7 +27,10 @@ from scvi_lite.train.plan import Plan, make_plan
 if TYPE_CHECKING:
     from anndata import AnnData
 
+    from scvi_lite.data.datamodule import CellDataModule
     from scvi_lite.io.folder import SavedModel
+    from scvi_lite.train.checkpoint import Start
+    from scvi_lite.train.task import Task
 
 logger = logging.getLogger("scvi_lite")
 
@@ -206,9 +209,9 @@ class Model(ABC):
             Optimiser, schedules and KL warm-up: see :class:`~scvi_lite.train.plan.Plan`.
         **trainer_kwargs
             Every other option of ``lightning.Trainer`` (``precision``, ``callbacks``, ``logger``, ``num_nodes``,
-            ``gradient_clip_val``, ...); ``enable_checkpointing=True`` with ``checkpointing_monitor``, which keeps the best
-            and the last state under ``default_root_dir``; ``learning_rate_monitor``; and ``ckpt_path``, a checkpoint to go
-            on from.
+            ``gradient_clip_val``, ...); ``enable_checkpointing=True`` with ``checkpointing_monitor``, which keeps the
+            best and the last state under ``default_root_dir``; ``learning_rate_monitor``; and ``ckpt_path``, a
+            checkpoint to go on from.
 
         Raises
         ------
@@ -219,72 +222,102 @@ class Model(ABC):
         TrainingDivergedError
             If the loss becomes NaN or infinite.
         """
-        from scvi_lite.data.datamodule import CellDataModule, Split
-        from scvi_lite.train import fit as fitting
+        from scvi_lite.data.datamodule import CellDataModule
+        from scvi_lite.train import options as asked
+        from scvi_lite.train.fit import fit
         from scvi_lite.train.task import Task, TrainingDivergedError
 
         self._check_can_train()
         plan = make_plan(self.plan, plan_kwargs)
-        stopping, options = fitting.trainer_options({"early_stopping": early_stopping, **trainer_kwargs})
-        if max_epochs is None and options.get("max_steps", -1) == -1 and options.get("max_time") is None:
+        stopping, options = asked.sort_options({"early_stopping": early_stopping, **trainer_kwargs})
+        if max_epochs is not None:
+            asked.check_whole("max_epochs", max_epochs)
+        elif "max_steps" not in options and "max_time" not in options:
             max_epochs = heuristic_epochs(self.adata.n_obs)
-        batch_size = batch_size or settings.batch_size or 128
-        check_positive(max_epochs=max_epochs, batch_size=batch_size)
-        more = dict(datasplitter_kwargs or {})
-        check_options("datasplitter_kwargs", more, ["external_indexing", "drop_last"])
+        batch_size = (settings.batch_size or 128) if batch_size is None else batch_size
+        asked.check_whole("batch_size", batch_size)
+        splitting = asked.heed(datasplitter_kwargs or {})
+        check_options("datasplitter_kwargs", splitting, ["external_indexing", "drop_last"])
+        start = self._start(
+            options.get("ckpt_path"), splitting, train_size, validation_size, shuffle_set_split, batch_size
+        )
+        n_validation = 0 if options.get("limit_val_batches") == 0 else len(start.split.validation)
+        asked.check_monitors(stopping, plan, options.get("callbacks"), n_validation)
 
-        n_cells, skip_steps = self.adata.n_obs, 0
-        if options.get("ckpt_path") is not None:
-            split, seed, skip_steps = fitting.read_checkpoint(options["ckpt_path"], n_cells)
-        else:
-            seed = settings.seed if settings.seed is not None else int(torch.randint(1 << 31, ()))
-            if more.get("external_indexing") is not None:
-                split = Split(*check_external(more["external_indexing"], n_cells))
-            else:
-                generator = torch.Generator().manual_seed(seed)
-                split = Split(*split_rows(n_cells, train_size, validation_size, shuffle_set_split, generator))
-        task = Task(self.module.train(), plan)
-        fitting.check_monitors(stopping, task, len(split.validation))
+        earlier = {name: frame.iloc[:, 0].to_dict() for name, frame in self._history.items()}
+        task = Task(self.module.train(), plan, earlier)
+        task.monitor_lr |= stopping.learning_rate_monitor
         data = CellDataModule(
             load_for_training(self.adata, self.registry),
-            split,
+            start.split,
             batch_size,
-            seed,
-            more.get("drop_last", False),
+            start.seed,
+            splitting.get("drop_last", False),
             source=(str(self.adata.filename), self.registry) if self.adata.isbacked else None,
         )
-        data.skip_steps = skip_steps
+        data.skip_steps = start.skip_steps
         options |= {"max_epochs": max_epochs, "accelerator": accelerator, "devices": devices, "strategy": strategy}
         try:
-            self.trainer, interrupted = fitting.fit(task, data, stopping, options)
+            self.trainer, interrupted = fit(task, data, stopping, options)
         except TrainingDivergedError:
-            self.module.load_state_dict(task.last_good)
+            task.go_back()
             raise
         finally:
             self._adopt(task, data)
         if interrupted:
-            epoch = max(task.epoch_history.get("elbo_train", {0: 0.0}))
             warnings.warn(
-                f"Training was interrupted in epoch {epoch} of {max_epochs}. The model is kept as trained so far.",
+                f"Training was interrupted in epoch {task.epoch_reached}. The model is kept as trained so far.",
                 UserWarning,
                 stacklevel=2,
             )
 
+    def _start(
+        self,
+        ckpt_path: str | Path | None,
+        splitting: Mapping[str, Any],
+        train_size: float | None,
+        validation_size: float | None,
+        shuffle: bool,
+        batch_size: int,
+    ) -> Start:
+        """Where a training begins: with a new split of the cells, or where a checkpoint left off.
+
+        Raises
+        ------
+        ValueError
+            If a share is out of range, or there are fewer than two cells to train on.
+        """
+        from scvi_lite.data.datamodule import Split
+        from scvi_lite.train.checkpoint import Start, read_checkpoint
+
+        n_cells = self.adata.n_obs
+        if ckpt_path is not None:
+            return read_checkpoint(ckpt_path, self.module, n_cells, batch_size)
+        seed = settings.seed if settings.seed is not None else int(torch.randint(1 << 31, ()))
+        if splitting.get("external_indexing") is not None:
+            split = Split(*check_external(splitting["external_indexing"], n_cells))
+        else:
+            generator = torch.Generator().manual_seed(seed)
+            split = Split(*split_rows(n_cells, train_size, validation_size, shuffle, generator))
+        if len(split.train) < 2:
+            raise ValueError(
+                f"{len(split.train)} training cell(s) of {n_cells}: at least two are needed. Give more cells, or a "
+                "larger train_size."
+            )
+        return Start(split, seed)
+
     def _check_can_train(self) -> None:
         """Refuse what cannot be trained; models add to it."""
 
-    def _adopt(self, task: Any, data: Any) -> None:
+    def _adopt(self, task: Task, data: CellDataModule) -> None:
         """Take over the history and the split of a training, however it ended."""
         self.module.eval()
-        new = {name: pd.Series(values, dtype=np.float64) for name, values in task.epoch_history.items()}
-        if not new:
+        if not task.has_trained:
             return
-        offset = max((int(frame.index.max()) + 1 for frame in self._history.values()), default=0)
-        for name, values in new.items():
-            values.index = pd.Index(values.index + (0 if task.was_resumed else offset), name="epoch")
-            frame = values.to_frame(name)
-            known = None if task.was_resumed else self._history.get(name)
-            self._history[name] = frame if known is None else pd.concat([known, frame])
+        self._history = {
+            name: pd.Series(values, dtype=np.float64).rename_axis("epoch").to_frame(name)
+            for name, values in task.epoch_history.items()
+        }
         self.train_indices, self.validation_indices = data.split.train, data.split.validation
         self.test_indices = data.split.test
         self.is_trained = True
@@ -416,7 +449,8 @@ class Model(ABC):
         saved = scvi_tools.read_scvi_tools(dir_path, prefix) if foreign else read_folder(dir_path, prefix)
         if saved.class_name != cls.__name__:
             raise ValueError(
-                f"{dir_path} holds a {saved.class_name}, not a {cls.__name__}. Load it with {saved.class_name}.load(...)."
+                f"{dir_path} holds a {saved.class_name}, not a {cls.__name__}. Load it with "
+                f"{saved.class_name}.load(...)."
             )
         if adata is None:
             adata = _read_data(dir_path, prefix)
@@ -519,14 +553,6 @@ def heuristic_epochs(n_cells: int) -> int:
     return max(1, min(round(20_000 / n_cells * 400), 400))
 
 
-def check_positive(**numbers: int | None) -> None:
-    """Refuse what is not a whole number of at least 1 (or -1, Lightning's word for no limit of epochs)."""
-    for name, value in numbers.items():
-        allowed = value is None or (isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= 1)
-        if not (allowed or (name == "max_epochs" and value == -1)):
-            raise ValueError(f"{name}={value!r}: a whole number of at least 1 is needed.")
-
-
 def check_external(parts: Sequence[Any], n_cells: int) -> list[np.ndarray]:
     """Row numbers for training, validation and test that a user gave.
 
@@ -541,7 +567,8 @@ def check_external(parts: Sequence[Any], n_cells: int) -> list[np.ndarray]:
     joined = np.concatenate(rows)
     if len(rows) > 3 or len(rows[0]) == 0:
         raise ValueError(
-            "external_indexing: a list of up to three arrays of row numbers is needed: training (not empty), validation, test."
+            "external_indexing: a list of up to three arrays of row numbers is needed: training (not empty), "
+            "validation, test."
         )
     if joined.min() < 0 or joined.max() >= n_cells:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import signal
 import sys
 import tempfile
@@ -15,13 +16,15 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 
+from scvi_lite.train.plan import is_of_validation
+
 
 class WarmEarlyStopping(EarlyStopping):
     """Early stopping that looks only after some epochs, whenever its metric is new."""
 
     def __init__(self, monitor: str, warmup_epochs: int = 0, **options: Any):
         # A metric of the training is new after each epoch, one of the validation after each validation.
-        super().__init__(monitor, check_on_train_epoch_end=not monitor.startswith(VALIDATION), **options)
+        super().__init__(monitor, check_on_train_epoch_end=not is_of_validation(monitor), **options)
         self.warmup_epochs = warmup_epochs
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -60,8 +63,8 @@ class StopTogether(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.world_size > 1 and trainer.num_nodes == 1:
-            name = tempfile.mktemp(prefix="scvi_lite_stop_") if trainer.is_global_zero else None
-            self.file = Path(trainer.strategy.broadcast(name))
+            name = f"scvi_lite_stop_{secrets.token_hex(8)}"
+            self.file = Path(trainer.strategy.broadcast(str(Path(tempfile.gettempdir()) / name)))
         if trainer.world_size == 1 and self.stop.requested:
             self._end(trainer)
 
@@ -82,9 +85,10 @@ class StopTogether(Callback):
     def _end(self, trainer: pl.Trainer) -> None:
         self.stop.request()
         trainer.should_stop = True
-        # A user who interrupts means it, whatever the least number of epochs was.
+        # A user who interrupts means it: no validation first, and no least number of epochs.
         trainer.fit_loop.min_epochs = 0
         trainer.fit_loop.epoch_loop.min_steps = None
+        trainer.fit_loop.epoch_loop._skip_next_val = True
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.file is not None:
@@ -113,6 +117,3 @@ def handle_interrupts(stop: StopFlag) -> Iterator[None]:
     finally:
         if main:
             signal.signal(signal.SIGINT, before or signal.default_int_handler)
-
-
-VALIDATION = ("validation_loss", *(f"{m}_validation" for m in ("elbo", "reconstruction_loss", "kl_local", "kl_global")))

@@ -55,7 +55,6 @@ class Outcome:
     """What the first worker hands back."""
 
     history: dict[str, dict[int, float]]
-    was_resumed: bool
     split: Any
     interrupted: bool
     callbacks: list[dict[str, Any]]
@@ -90,7 +89,7 @@ def launch(task: Task, data: CellDataModule, stopping: Any, options: dict[str, A
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     task.module.load_state_dict({name: value.to(task.device) for name, value in state.items()})
     task.last_good = state
-    task.epoch_history, task.was_resumed = outcome.history, outcome.was_resumed
+    task.epoch_history = outcome.history
     data.split = outcome.split
     for callback, callback_state in zip(as_list(options.get("callbacks")), outcome.callbacks, strict=True):
         callback.load_state_dict(callback_state)
@@ -192,9 +191,9 @@ class Workers:
                 raise WorkerError(f"Not all {self.n_workers} workers started within {CONNECT:.0f} seconds.")
 
     def _listen(self) -> None:
-        from scvi_lite.train.callbacks import TrainingBar
+        from scvi_lite.train.progress import choose_display
 
-        bar = TrainingBar() if self.show_progress else None
+        bar = choose_display() if self.show_progress else None
         done: set[int] = set()
         try:
             while len(done) < self.n_workers:
@@ -206,7 +205,7 @@ class Workers:
                         self._lost(connection, rank, done)
                         continue
                     if kind == "progress" and bar is not None:
-                        bar.show(**content)
+                        bar.show(*content)
                     elif kind == "print":
                         sys.stdout.write(content)
                     elif kind == "error":

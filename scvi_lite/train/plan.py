@@ -9,6 +9,17 @@ from typing import Any
 from scvi_lite.errors import check_options, unknown
 
 OPTIMIZERS = ("Adam", "AdamW", "Custom")
+METRICS = ("elbo", "reconstruction_loss", "kl_local", "kl_global")
+
+
+def metric_names(part: str) -> list[str]:
+    """Names of the metrics of the ``"train"`` or ``"validation"`` cells."""
+    return [f"{part}_loss", *(f"{metric}_{part}" for metric in METRICS)]
+
+
+def is_of_validation(metric: str) -> bool:
+    """Whether a metric comes from the validation cells."""
+    return metric in metric_names("validation")
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import random
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from scvi_lite.train.plan import Plan
+from scvi_lite.train import checkpoint as saved
+from scvi_lite.train.plan import Plan, metric_names
 
-METRICS = ("loss", "elbo", "reconstruction_loss", "kl_local", "kl_global")
+CHECK_EVERY = 50  # steps between looks for NaN: each look waits for the device
+REMEMBER_EVERY = 1000  # steps between copies of the weights, within an epoch
 
 
 class TrainingDivergedError(RuntimeError):
@@ -22,8 +24,8 @@ class TrainingDivergedError(RuntimeError):
 class Task(pl.LightningModule):
     """Train a module on minibatches of cells.
 
-    Metrics are sums over cells and their number, kept on the device and reduced over ranks once an epoch: no device
-    waits for the host within an epoch, and every rank holds the same numbers.
+    Metrics are sums over cells, kept on the device and reduced over ranks once an epoch: no device waits for the host
+    at each step, and every rank holds the same numbers.
 
     Parameters
     ----------
@@ -31,125 +33,204 @@ class Task(pl.LightningModule):
         Has ``loss(batch, kl_weight)``.
     plan
         Optimiser, schedules, KL warm-up.
+    history
+        Metrics of earlier trainings of the module, by name and epoch; this one goes on from there.
     """
 
-    def __init__(self, module: nn.Module, plan: Plan):
+    def __init__(self, module: nn.Module, plan: Plan, history: Mapping[str, Mapping[int, float]] | None = None):
         super().__init__()
         self.module, self.plan = module, plan
-        self.epoch_history: dict[str, dict[int, float]] = {}
+        self.epoch_history = {name: dict(values) for name, values in (history or {}).items()}
+        self.first_epoch = self.epoch_reached + 1 if self.epoch_history else 0
+        self.latest: dict[str, float] = {}  #: ELBO of the last epoch, for the progress bar
+        self.monitor_lr = plan.reduce_lr_on_plateau
+        self.steps = 0  #: minibatches that the weights have seen in this training
+        self.good_steps = 0  #: those of them that last_good has seen
         self.last_good: dict[str, Tensor] | None = None
-        self.resumed: dict[str, Any] | None = None
-        self.was_resumed = False
-        self.loss = module.loss
-        if plan.compile:
-            self.loss = torch.compile(
-                module.loss, **{"fullgraph": True, "dynamic": True, **(plan.compile_kwargs or {})}
-            )
-        self.sums: dict[str, Tensor | None] = {"train": None, "validation": None}
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        loss = self.loss(batch, self.kl_weight)
-        self._add("train", loss)
-        return loss.total
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        if batch.n_cells:
-            self._add("validation", self.module.loss(batch, self.kl_weight))
-
-    def _add(self, part: str, loss: Any) -> None:
-        n = float(loss.n_cells)
-        terms = torch.stack([loss.total * n, loss.reconstruction, loss.kl_local, loss.total.new_tensor(n)]).detach()
-        sums = self.sums[part]
-        self.sums[part] = terms.double() if sums is None else sums + terms
+        self.resumed: dict[str, Any] | None = None  #: what a checkpoint holds, until it is used
+        self.schedule: torch.optim.lr_scheduler.ReduceLROnPlateau | None = None
+        self.sums: dict[str, Tensor] = {}
+        self.n_cells = {"train": 0, "validation": 0}
 
     @property
-    def kl_weight(self) -> Tensor:
-        """Weight of the KL terms now, as a tensor, so that a compiled loss need not be compiled again."""
-        weight = self.plan.kl_weight(self.current_epoch, self.global_step * self.trainer.world_size)
-        return torch.tensor(weight, device=self.device)
+    def has_trained(self) -> bool:
+        """Whether the module is trained, by this task or before it."""
+        return self.steps > 0 or any(self.epoch_history.values())
 
-    def on_train_epoch_start(self) -> None:
-        if self.resumed is None:
-            self.sums["train"] = None
+    @property
+    def epoch_reached(self) -> int:
+        """The last epoch with metrics."""
+        return max((epoch for values in self.epoch_history.values() for epoch in values), default=0)
+
+    # Steps ------------------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Compile the loss, if asked to."""
+        self.loss = self.module.loss
+        if self.plan.compile:
+            options = {"fullgraph": True, "dynamic": True, **(self.plan.compile_kwargs or {})}
+            self.loss = torch.compile(self.module.loss, **options)
+
+    def on_fit_start(self) -> None:
+        self.kl_weight = torch.tensor(math.nan, device=self.device)
+        self._start_sums("train")
 
     def on_train_start(self) -> None:
         if self.resumed is not None:
-            set_random_state(self.resumed["random_state"])
-            sums = self.resumed["train_sums"]
-            self.sums["train"] = None if sums is None else sums.to(self.device)
+            self._resume(self.resumed)
+        elif self.trainer.global_rank > 0:  # ranks that share a seed would share their dropout
+            torch.manual_seed(saved.mix(self.trainer.datamodule.seed, self.trainer.global_rank))
         if self.last_good is None:
             self._remember()
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        self.resumed = None
+    def on_train_epoch_start(self) -> None:
+        self._start_sums("train")
+        self.trainer.train_dataloader.sampler.skip = 0  # steps that the epoch before had behind it when resumed
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self._set_kl_weight()
+        loss = self.loss(self._as_computed(batch), self.kl_weight)
+        self._add("train", loss)
+        self.steps += 1
+        return loss.total
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if (batch_idx + 1) % CHECK_EVERY == 0:
+            self._raise_if_diverged(self._means("train"), f", minibatch {batch_idx + 1}")
+            if (batch_idx + 1) % REMEMBER_EVERY == 0 and self._weights_are_finite():
+                self._remember()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        if batch.n_cells:
+            self._add("validation", self.module.loss(self._as_computed(batch), self.kl_weight))
+
+    def _as_computed(self, batch: Any) -> Any:
+        """In doubles where the network computes in doubles."""
+        return self.trainer.precision_plugin.convert_input(batch) if self.trainer.precision == "64-true" else batch
+
+    def _set_kl_weight(self) -> None:
+        """The weight of the KL terms now: always the same tensor, so that a compiled loss is compiled once."""
+        weight = self._current_kl_weight()
+        if weight != self._kl_weight_set:
+            self.kl_weight.fill_(weight)
+            self._kl_weight_set = weight
+
+    _kl_weight_set = math.nan
+
+    def _current_kl_weight(self) -> float:
+        step = max(0, self.trainer.fit_loop.total_batch_idx) * self.trainer.world_size
+        return self.plan.kl_weight(self.current_epoch, step)
+
+    # Metrics ----------------------------------------------------------------------------------------------------------
+
+    def _start_sums(self, part: str) -> None:
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64  # where doubles exist
+        self.sums[part], self.n_cells[part] = torch.zeros(3, dtype=dtype, device=self.device), 0
+
+    def _add(self, part: str, loss: Any) -> None:
+        terms = (loss.total.detach() * loss.n_cells, loss.reconstruction.detach(), loss.kl_local.detach())
+        self.sums[part] += torch.stack(terms)
+        self.n_cells[part] += loss.n_cells
+
+    def _reduced(self, part: str) -> Tensor:
+        """Sums of the terms, and the number of cells, over all ranks."""
+        sums = torch.cat([self.sums[part], self.sums[part].new_tensor([self.n_cells[part]])])
+        return self.trainer.strategy.reduce(sums, reduce_op="sum")
+
+    def _means(self, part: str) -> dict[str, float]:
+        loss, reconstruction, kl, n = self._reduced(part).tolist()
+        n = max(n, 1.0)
+        values = (loss / n, (reconstruction + kl) / n, reconstruction / n, kl / n, 0.0)
+        return dict(zip(metric_names(part), values, strict=True))
+
+    def on_validation_start(self) -> None:
+        self._share_buffers()
+        self._set_kl_weight()
 
     def on_validation_epoch_start(self) -> None:
-        self.sums["validation"] = None
+        self._start_sums("validation")
 
     def on_validation_epoch_end(self) -> None:
         if not self.trainer.sanity_checking:
-            self._finish("validation")
+            self._record(self._means("validation"))
 
     def on_train_epoch_end(self) -> None:
-        weight = self.plan.kl_weight(self.current_epoch, self.global_step * self.trainer.world_size)
-        self._record({"kl_weight": weight})
-        lr = self.trainer.optimizers[0].param_groups[0]["lr"]
-        metrics = self._finish("train", {"learning_rate": lr} if self.plan.reduce_lr_on_plateau else {})
-        if not (np.isfinite(metrics["train_loss"]) and self._weights_are_finite()):
-            raise TrainingDivergedError(self._why_diverged(metrics))
+        self._share_buffers()
+        metrics = self._means("train")
+        more = {"kl_weight": self._kl_weight_set}
+        if self.monitor_lr:
+            optimizer = self.trainer.optimizers[0]
+            more[f"lr-{type(optimizer).__name__}"] = float(optimizer.param_groups[0]["lr"])
+        self._record(metrics | more)
+        self._raise_if_diverged(metrics | self._of_this_epoch(metric_names("validation")))
         self._remember()
+        self._reduce_lr()
+        self.resumed = None
 
-    def _finish(self, part: str, more: dict[str, float] | None = None) -> dict[str, float]:
-        """Reduce an epoch's sums over cells and ranks; log the means."""
-        sums = self.sums[part]
-        sums = torch.zeros(4, dtype=torch.float64, device=self.device) if sums is None else sums
-        loss, reconstruction, kl, n = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
-        n = max(n, 1.0)
-        metrics = {
-            f"{part}_loss": loss / n,
-            f"elbo_{part}": (reconstruction + kl) / n,
-            f"reconstruction_loss_{part}": reconstruction / n,
-            f"kl_local_{part}": kl / n,
-            f"kl_global_{part}": 0.0,
-            **(more or {}),
-        }
-        # Every rank logs the same number, so the mean that sync_dist takes is that number.
-        self.log_dict({k: torch.tensor(v) for k, v in metrics.items()}, sync_dist=self.trainer.world_size > 1)
-        self._record(metrics)
-        return metrics
+    def on_train_end(self) -> None:
+        self._share_buffers()
+        if self.trainer.world_size > 1:  # whatever the ranks draw from here on is the same
+            torch.manual_seed(self.trainer.strategy.broadcast(int(torch.randint(1 << 62, ()))))
 
     def _record(self, metrics: dict[str, float]) -> None:
+        """Write metrics of this epoch to the history, and log them."""
         for name, value in metrics.items():
-            self.epoch_history.setdefault(name, {})[self.current_epoch] = value
+            self.epoch_history.setdefault(name, {})[self.first_epoch + self.current_epoch] = value
+        latest = self._of_this_epoch(["elbo_train", "elbo_validation"])
+        self.latest |= {name.removeprefix("elbo_"): value for name, value in latest.items()}
+        # Every rank logs the same number, so the mean that sync_dist takes is that number.
+        self.log_dict({k: torch.tensor(v) for k, v in metrics.items()}, sync_dist=self.trainer.world_size > 1)
+
+    def _of_this_epoch(self, names: list[str]) -> dict[str, float]:
+        """The metrics that were recorded in this epoch."""
+        epoch = self.first_epoch + self.current_epoch
+        found = {name: self.epoch_history.get(name, {}).get(epoch) for name in names}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def _share_buffers(self) -> None:
+        """Give every rank the running statistics of the first, which are those that its last step began from."""
+        if self.trainer.world_size > 1:
+            for buffer in self.module.buffers():
+                torch.distributed.broadcast(buffer, 0)
+
+    # Divergence -------------------------------------------------------------------------------------------------------
 
     def _remember(self) -> None:
-        """Keep a copy of the weights, to go back to if the next epoch diverges."""
+        """Keep a copy of the weights, to go back to if training diverges."""
         state = self.module.state_dict()
         if self.last_good is None:
-            self.last_good = {name: value.detach().clone() for name, value in state.items()}
+            self.last_good = {name: torch.empty_like(value) for name, value in state.items()}
         for name, value in state.items():
             self.last_good[name].copy_(value)
+        self.good_steps = self.steps
+
+    def go_back(self) -> None:
+        """Put the module where it was before training diverged."""
+        self.module.load_state_dict(self.last_good or {})
+        self.steps = self.good_steps
 
     def _weights_are_finite(self) -> bool:
         norms = torch.stack(torch._foreach_norm([p.detach() for p in self.module.parameters()]))
         return bool(norms.isfinite().all())
 
-    def _why_diverged(self, metrics: dict[str, float]) -> str:
-        bad = ", ".join(f"{name}={value:g}" for name, value in metrics.items() if not np.isfinite(value))
-        likely = (
-            "the reconstruction term did: look for extreme counts, or a covariate on a scale far from 1"
-            if not np.isfinite(metrics["reconstruction_loss_train"])
-            else "the KL term did: the posterior ran away"
-            if not np.isfinite(metrics["kl_local_train"])
-            else "a weight did in the last step"
-        )
-        return (
-            f"Training diverged in epoch {self.current_epoch}: {bad or 'a weight is not finite'}. Most likely {likely}. "
-            f"The weights of the last good epoch are kept. Try a lower learning rate (now lr={self.plan.lr:g}): "
+    def _raise_if_diverged(self, metrics: dict[str, float], where: str = "") -> None:
+        """Stop if a metric or, at the end of an epoch, a weight is not finite; the epoch leaves the history."""
+        bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+        if not bad and (where or self._weights_are_finite()):
+            return
+        epoch = self.first_epoch + self.current_epoch
+        for values in self.epoch_history.values():
+            values.pop(epoch, None)
+        found = ", ".join(f"{name}={metrics[name]:g}" for name in bad) or "a weight is not finite"
+        raise TrainingDivergedError(
+            f"Training diverged in epoch {epoch}{where}: {found}. Most likely {likely_cause(bad)}. The last good "
+            f"weights are kept. Try a lower learning rate (now lr={self.plan.lr:g}): "
             f"plan_kwargs={{'lr': {self.plan.lr / 10:g}}}, or gradient_clip_val=1."
         )
 
-    def configure_optimizers(self) -> Any:
+    # Optimiser --------------------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam, fused where that exists, and the plateau schedule if asked for."""
         plan = self.plan
         parameters = [p for p in self.module.parameters() if p.requires_grad]
@@ -160,57 +241,58 @@ class Task(pl.LightningModule):
             fused = self.trainer.precision != "16-mixed" and self.device.type in ("cpu", "cuda", "mps")
             kind = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[plan.optimizer]
             optimizer = kind(parameters, lr=plan.lr, eps=plan.eps, weight_decay=plan.weight_decay, fused=fused)
-        if not plan.reduce_lr_on_plateau:
-            return optimizer
-        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
-            optimizer,
-            factor=plan.lr_factor,
-            patience=plan.lr_patience,
-            threshold=plan.lr_threshold,
-            threshold_mode="abs",
-            min_lr=plan.lr_min,
-        )
-        every = self.trainer.check_val_every_n_epoch if plan.lr_scheduler_metric.endswith("validation") else 1
-        schedule = {"scheduler": scheduler, "monitor": plan.lr_scheduler_metric, "frequency": every}
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
+        if plan.reduce_lr_on_plateau:
+            self.schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
+                optimizer,
+                factor=plan.lr_factor,
+                patience=plan.lr_patience,
+                threshold=plan.lr_threshold,
+                threshold_mode="abs",
+                min_lr=plan.lr_min,
+            )
+        return optimizer
+
+    def _reduce_lr(self) -> None:
+        """Step the plateau schedule here: the trainer would do it after a checkpoint of this epoch was written."""
+        new = self._of_this_epoch([self.plan.lr_scheduler_metric])
+        if self.schedule is not None and new:
+            self.schedule.step(new[self.plan.lr_scheduler_metric])
+
+    # Checkpoints ------------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what a training needs to go on as if nothing had happened."""
-        data = self.trainer.datamodule
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress
-        checkpoint["scvi_lite"] = {
+        checkpoint[saved.KEY] = saved.describe(self.trainer) | {
             "history": self.epoch_history,
-            "indices": {part: torch.from_numpy(rows) for part, rows in vars(data.split).items()},
-            "seed": data.seed,
-            "n_cells": len(data.store),
-            "skip_steps": 0 if progress.is_last_batch else progress.current.completed,
-            "train_sums": self.sums["train"],
-            "random_state": get_random_state(),
+            "first_epoch": self.first_epoch,
+            "train_sums": self._reduced("train"),
+            "schedule": None if self.schedule is None else self.schedule.state_dict(),
         }
+        saved.finish_batch(checkpoint, self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.resumed, self.was_resumed = checkpoint["scvi_lite"], True
-        self.epoch_history = {name: dict(values) for name, values in self.resumed["history"].items()}
+        state = self.resumed = checkpoint[saved.KEY]
+        saved.check_ranks(state, self.trainer.world_size)
+        self.epoch_history = {name: dict(values) for name, values in state["history"].items()}
+        self.first_epoch = state["first_epoch"]
+
+    def _resume(self, state: dict[str, Any]) -> None:
+        saved.set_random_state(state, self.trainer)
+        if self.schedule is not None and state["schedule"] is not None:
+            self.schedule.load_state_dict(state["schedule"])
+        if self.trainer.is_global_zero:  # the sums of all ranks go on in the first
+            *sums, n = state["train_sums"].tolist()
+            self.sums["train"].copy_(torch.tensor(sums))
+            self.n_cells["train"] = int(n)
 
 
-def get_random_state() -> dict[str, Any]:
-    """State of all random generators, as tensors and plain numbers."""
-    version, internal, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
-        "python": [version, list(internal), gauss],
-    }
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    """Put all random generators where they were."""
-    torch.set_rng_state(state["torch"].cpu())
-    if state["cuda"] and torch.cuda.device_count() == len(state["cuda"]):
-        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), position, has_gauss, cached))
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
+def likely_cause(bad: list[str]) -> str:
+    """Where to look when these metrics are not finite."""
+    terms = {name.rsplit("_", 1)[0] for name in bad}
+    if bad and all(name.endswith("validation") or name.startswith("validation") for name in bad):
+        return "a validation cell is unlike the training cells: look for extreme counts or covariates among them"
+    if "reconstruction_loss" in terms:
+        return "the reconstruction term did: look for extreme counts, or a covariate on a scale far from 1"
+    if "kl_local" in terms:
+        return "the KL term did: the posterior ran away"
+    return "a weight did in the last step"

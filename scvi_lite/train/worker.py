@@ -8,28 +8,27 @@ import threading
 import traceback
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
-from typing import Any
 
 import cloudpickle
 import torch
 
 from scvi_lite.data.shared import read_store
 from scvi_lite.train import fit as fitting
-from scvi_lite.train.callbacks import Progress, StopFlag
+from scvi_lite.train.callbacks import StopFlag
 from scvi_lite.train.launch import Job, Outcome
+from scvi_lite.train.progress import Progress
 from scvi_lite.train.strategies import as_list, worker_strategy
 from scvi_lite.train.task import TrainingDivergedError
 
 
-class RemoteProgress(Progress):
+class RemoteDisplay:
     """Sends progress to the notebook, where the bar is."""
 
     def __init__(self, connection: Connection):
-        super().__init__()
         self.connection = connection
 
-    def show(self, **state: Any) -> None:
-        self.connection.send(("progress", state))
+    def show(self, position: float, total: int | None, metrics: dict[str, float]) -> None:
+        self.connection.send(("progress", (position, total, metrics)))
 
     def close(self) -> None:
         pass
@@ -69,7 +68,7 @@ def work(folder: Path, connection: Connection, rank: int) -> None:
     options = job.options | {"strategy": worker_strategy(job.options["strategy"])}
     stop = StopFlag()
     threading.Thread(target=obey, args=(connection, stop), daemon=True).start()
-    progress = RemoteProgress(connection) if rank == 0 else None
+    progress = Progress(RemoteDisplay(connection)) if rank == 0 else None
     diverged, interrupted = None, False
     try:
         _, interrupted = fitting.run(job.task, job.data, job.stopping, options, progress, stop)
@@ -80,7 +79,6 @@ def work(folder: Path, connection: Connection, rank: int) -> None:
         torch.save({name: value.cpu() for name, value in state.items()}, folder / "state.pt")
         outcome = Outcome(
             job.task.epoch_history,
-            job.task.was_resumed,
             job.data.split,
             interrupted,
             [callback.state_dict() for callback in as_list(options.get("callbacks"))],

@@ -1,0 +1,154 @@
+"""The options of ``train``: ours, those of ``lightning.Trainer``, and what to say of all others."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+
+from scvi_lite.errors import check_options, unknown
+from scvi_lite.train.plan import Plan, is_of_validation, metric_names
+from scvi_lite.train.strategies import as_list
+
+NEEDLESS = {
+    "load_sparse_tensor": "counts always travel sparse",
+    "simple_progress_bar": "there is one progress bar, and enable_progress_bar=False hides it",
+    "progress_bar_refresh_rate": "the progress bar moves a few times a second",
+    "pin_memory": "cells are gathered on the device",
+    "num_workers": "cells are gathered on the device, without loader processes",
+    "persistent_workers": "cells are gathered on the device, without loader processes",
+}
+INSTEAD = {
+    "plan_config": "give its entries as plan_kwargs={...}",
+    "trainer_config": "give its entries as options of train() itself",
+    "datamodule": "make the model with an AnnData, which may be backed by a file larger than memory",
+    "log_save_dir": "give default_root_dir=..., or logger=CSVLogger(...) of lightning.pytorch.loggers",
+    "external_indexing": "give datasplitter_kwargs={'external_indexing': [train, validation, test]}",
+    "max_kl_weight": "give plan_kwargs={'max_kl_weight': ...}",
+    "lr": "give plan_kwargs={'lr': ...}",
+    "weight_decay": "give plan_kwargs={'weight_decay': ...}",
+    "n_epochs_kl_warmup": "give plan_kwargs={'n_epochs_kl_warmup': ...}",
+    "n_steps_kl_warmup": "give plan_kwargs={'n_steps_kl_warmup': ...}",
+    "reduce_lr_on_plateau": "give plan_kwargs={'reduce_lr_on_plateau': True}",
+    "use_gpu": "give accelerator='gpu' and devices=...",
+}
+HALF = ("16-true", "bf16-true", "16", "bf16")
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """When to stop early and what to keep on the way. Checked when made."""
+
+    early_stopping: bool = False
+    early_stopping_monitor: str = "elbo_validation"
+    early_stopping_min_delta: float = 0.0
+    early_stopping_patience: int = 45
+    early_stopping_warmup_epochs: int = 0
+    early_stopping_mode: str = "min"
+    enable_checkpointing: bool = False
+    checkpointing_monitor: str | None = None  #: by default validation_loss or, without validation cells, train_loss
+    learning_rate_monitor: bool = False
+
+    def __post_init__(self) -> None:
+        if self.early_stopping_mode not in ("min", "max"):
+            raise ValueError(unknown("early_stopping_mode", self.early_stopping_mode, ("min", "max")))
+        check_whole("early_stopping_patience", self.early_stopping_patience)
+        check_whole("early_stopping_warmup_epochs", self.early_stopping_warmup_epochs, least=0)
+        if not (math.isfinite(self.early_stopping_min_delta) and self.early_stopping_min_delta >= 0):
+            raise ValueError(f"early_stopping_min_delta={self.early_stopping_min_delta!r}: zero or more is needed.")
+
+
+def check_whole(name: str, value: Any, least: int = 1) -> None:
+    """Refuse what is not a whole number of at least ``least``.
+
+    Raises
+    ------
+    ValueError
+        Names the argument and what was given.
+    """
+    whole = not isinstance(value, bool) and (
+        isinstance(value, int) or str(getattr(value, "dtype", "")).startswith(("int", "uint"))
+    )
+    if not whole or value < least:
+        raise ValueError(f"{name}={value!r}: a whole number of at least {least} is needed.")
+
+
+def heed(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options without those that have no use here, of which a warning says why.
+
+    Raises
+    ------
+    TypeError
+        If an option has another form here; the message says which.
+    """
+    for name in options:
+        if name in NEEDLESS:
+            warnings.warn(f"{name} has no effect: {NEEDLESS[name]}.", UserWarning, stacklevel=4)
+        elif name in INSTEAD and options[name] is not None:
+            raise TypeError(f"train() has no option {name!r}: {INSTEAD[name]}.")
+    return {name: value for name, value in options.items() if name not in NEEDLESS and name not in INSTEAD}
+
+
+def sort_options(options: Mapping[str, Any]) -> tuple[Stopping, dict[str, Any]]:
+    """Sort the options of ``train`` into ours and those of ``lightning.Trainer``.
+
+    Raises
+    ------
+    TypeError
+        If an option is neither; the message names the nearest.
+    ValueError
+        If the precision is too low for counts.
+    """
+    options = heed(options)
+    ours = [f.name for f in fields(Stopping)]
+    theirs = list(inspect.signature(pl.Trainer).parameters)
+    check_options("train()", options, [*ours, *theirs, "ckpt_path"])
+    by_steps = isinstance(options.get("val_check_interval"), int)
+    given = {k: v for k, v in options.items() if v is not None or (by_steps and k == "check_val_every_n_epoch")}
+    if given.get("precision") in HALF:
+        raise ValueError(
+            f"precision={given['precision']!r}: counts and their likelihood do not fit 16 bits. Give "
+            "precision='bf16-mixed', which computes the network in 16 bits and the likelihood in 32."
+        )
+    stopping = Stopping(**{k: v for k, v in given.items() if k in ours})
+    return stopping, {k: v for k, v in given.items() if k not in ours}
+
+
+def check_monitors(stopping: Stopping, plan: Plan, callbacks: Any, n_validation: int) -> None:
+    """Refuse, before training, to wait for a metric that will not come.
+
+    Raises
+    ------
+    ValueError
+        If a monitored metric does not exist, or is a validation metric and no cells are set aside for validation.
+    """
+    monitors: list[tuple[str, str | None, bool]] = [
+        ("early_stopping_monitor", stopping.early_stopping_monitor, stopping.early_stopping),
+        ("checkpointing_monitor", stopping.checkpointing_monitor, stopping.enable_checkpointing),
+        ("lr_scheduler_metric", plan.lr_scheduler_metric, plan.reduce_lr_on_plateau),
+    ]
+    for callback in as_list(callbacks):
+        if isinstance(callback, EarlyStopping | ModelCheckpoint):
+            monitors.append((f"{type(callback).__name__}: monitor", callback.monitor, True))
+    # A callback that a user wrote may log metrics of its own.
+    more = any(not type(c).__module__.startswith("lightning.") for c in as_list(callbacks))
+    for argument, metric, used in monitors:
+        if used and metric is not None:
+            _check_monitor(argument, metric, n_validation, more)
+
+
+def _check_monitor(argument: str, metric: str, n_validation: int, more: bool) -> None:
+    known = [*metric_names("train"), *metric_names("validation"), "kl_weight", "epoch", "step"]
+    if metric not in known and not more:
+        raise ValueError(unknown(argument, metric, known, "a metric", "Metrics"))
+    if is_of_validation(metric) and n_validation == 0:
+        raise ValueError(
+            f"{argument}={metric!r} needs validation cells, and none are set aside. Give train_size=0.9, or watch "
+            f"{metric.replace('validation', 'train')!r}."
+        )
