@@ -48,8 +48,13 @@ class Counts:
         """The same counts on a device."""
         if self.start.device == device:
             return self
-        moved = [t.to(device) for t in (self.start, self.row_m, self.col_m, self.value_m)]
-        return Counts(*moved, self.n_features)
+        return Counts(
+            self.start.to(device),
+            self.row_m.to(device),
+            self.col_m.to(device),
+            self.value_m.to(device),
+            self.n_features,
+        )
 
     @classmethod
     def from_csr(cls, csr: csr_matrix) -> Counts:

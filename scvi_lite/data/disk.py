@@ -1,4 +1,4 @@
-"""The contract of :class:`~scvi_lite.data.store.CellStore` over data that stay where they are, in memory or in a file."""
+"""The contract of :class:`~scvi_lite.data.store.CellStore` over data that stay where they are, as in a file."""
 
 from __future__ import annotations
 

@@ -108,8 +108,8 @@ class Continuous(Field):
         column = obs_column(adata, argument, key)
         if column.dtype.kind not in "uifb":
             raise ValueError(
-                f"{argument}={key!r}: adata.obs[{key!r}] holds {column.dtype}, not numbers. Convert it: adata.obs[{key!r}] "
-                f"= pandas.to_numeric(adata.obs[{key!r}].astype(str)). A column of names is a categorical covariate."
+                f"{argument}={key!r}: adata.obs[{key!r}] holds {column.dtype}, not numbers. Convert it: "
+                f"adata.obs[{key!r}] = adata.obs[{key!r}].astype(float). A column of names is a categorical covariate."
             )
         check_missing(column, argument, key)
         with np.errstate(over="ignore"):  # what float32 cannot hold counts as infinite
@@ -179,7 +179,8 @@ class Embedding(Field):
         return np.ascontiguousarray(adata.obsm[key], dtype=np.float32)
 
 
-KINDS: dict[str, type[Field]] = {f.kind: f for f in (Matrix, Categorical, Categoricals, Continuous, Continuouses, Embedding)}
+FIELDS: tuple[type[Field], ...] = (Matrix, Categorical, Categoricals, Continuous, Continuouses, Embedding)
+KINDS = {field.kind: field for field in FIELDS}
 
 
 def check_keys(argument: str, keys: Iterable[str] | None) -> list[str]:
@@ -213,8 +214,8 @@ def categories_of(adata: AnnData, argument: str, key: str) -> list[Any]:
     texts = pd.Index([text_of(value) for value in values])
     if not texts.is_unique:
         raise ValueError(
-            f"{argument}={key!r}: values of different types in adata.obs[{key!r}] read {texts[texts.duplicated()][0]!r}. "
-            f"Make them one: adata.obs[{key!r}] = adata.obs[{key!r}].astype(str)"
+            f"{argument}={key!r}: values of different types in adata.obs[{key!r}] read "
+            f"{texts[texts.duplicated()][0]!r}. Make them one: adata.obs[{key!r}] = adata.obs[{key!r}].astype(str)"
         )
     # What JSON has no type for (dates, intervals) is kept as text, and a whole number as an integer.
     values = [int(value) if isinstance(value, float) and value.is_integer() else value for value in values]

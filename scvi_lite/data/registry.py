@@ -62,7 +62,9 @@ class Registry:
         try:
             return cls(**{name: data[name] for name in cls.__dataclass_fields__})
         except KeyError as error:
-            raise ValueError(f"The setup that was found has no {error}; it is damaged. Call setup_anndata again.") from None
+            raise ValueError(
+                f"The setup that was found has no {error}; it is damaged. Call setup_anndata again."
+            ) from None
 
     def categories(self, field: str) -> list[Any]:
         """The categories of a categorical field, in the order of their codes."""
@@ -93,8 +95,8 @@ def register(adata: AnnData, model_name: str, fields: Sequence[Field], setup_arg
     check_anndata(adata)
     if adata.isbacked and adata.is_view:
         raise ValueError(
-            "adata is a view of a backed file, in which nothing can be noted. Call setup_anndata with the whole AnnData and "
-            "take the view then; or read the view into memory: adata = adata.to_memory()."
+            "adata is a view of a backed file, in which nothing can be noted. Call setup_anndata with the whole "
+            "AnnData and take the view then; or read the view into memory: adata = adata.to_memory()."
         )
     states = {field.name: {"kind": field.kind, **field.register(adata)} for field in fields}
     registry = Registry(model_name, setup_args, states, adata.n_obs, adata.n_vars)
@@ -122,8 +124,8 @@ def find(adata: AnnData, model_name: str) -> Registry:
     registry = Registry.from_dict(json.loads(setups[model_name]))
     if registry.n_features != adata.n_vars:
         raise RuntimeError(
-            f"This AnnData was set up for {model_name} with {registry.n_features} genes and has {adata.n_vars} now. Call "
-            f"{model_name}.setup_anndata(adata, ...) again."
+            f"This AnnData was set up for {model_name} with {registry.n_features} genes and has {adata.n_vars} now. "
+            f"Call {model_name}.setup_anndata(adata, ...) again."
         )
     return registry
 

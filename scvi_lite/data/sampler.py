@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from numbers import Real
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,18 +27,25 @@ def split_rows(
     >>> [len(part) for part in split_rows(10, 0.8, 0.1, True, torch.Generator())]
     [8, 1, 1]
     """
-    train_size = (0.9 if validation_size is None else 1 - validation_size) if train_size is None else train_size
-    if not 0 < train_size <= 1:
-        raise ValueError(f"train_size={train_size!r}: a share of the cells in (0, 1] is needed.")
-    if validation_size is not None and not 0 <= validation_size < 1:
+    if validation_size is not None and not (is_number(validation_size) and 0 <= validation_size < 1):
         raise ValueError(f"validation_size={validation_size!r}: a share of the cells in [0, 1) is needed.")
+    if train_size is None:
+        train_size = 0.9 if validation_size is None else 1 - validation_size
+    if not (is_number(train_size) and 0 < train_size <= 1):
+        raise ValueError(f"train_size={train_size!r}: a share of the cells in (0, 1] is needed.")
     if validation_size is not None and train_size + validation_size > 1 + 1e-9:
         raise ValueError(f"train_size={train_size!r} and validation_size={validation_size!r} add up to more than 1.")
     n_train = int(np.ceil(train_size * n_cells - 1e-9))
     rest = n_cells - n_train
     n_validation = rest if validation_size is None else min(rest, int(np.floor(validation_size * n_cells + 1e-9)))
     order = torch.randperm(n_cells, generator=generator).numpy() if shuffle else np.arange(n_cells)
-    return tuple(np.split(order, [n_train, n_train + n_validation]))
+    train, validation, test = np.split(order, [n_train, n_train + n_validation])
+    return train, validation, test
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a number, and not text or True."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def shard(row_n: Tensor, rank: int, world_size: int) -> Tensor:
@@ -54,12 +63,24 @@ class TrainingSampler(Sampler[Tensor]):
     ----------
     n_rows
         Rows of this rank.
-    n_fewest
-        Rows of the rank that has the fewest, from which every rank counts its steps.
     batch_size
         Cells in a minibatch, per rank.
     seed
         Decides the order, together with the epoch and the rank.
+    n_fewest
+        Rows of the rank that has the fewest, from which every rank counts its steps.
+    drop_last
+        Leave out the rows that do not fill a minibatch; if there is less than one minibatch, it is kept.
+
+    Raises
+    ------
+    ValueError
+        If minibatches would have a single cell.
+
+    Examples
+    --------
+    >>> [len(row_n) for row_n in TrainingSampler(9, batch_size=4, seed=0)]
+    [4, 5]
     """
 
     def __init__(
@@ -72,6 +93,8 @@ class TrainingSampler(Sampler[Tensor]):
         rank: int = 0,
         drop_last: bool = False,
     ):
+        if batch_size < 2:
+            raise ValueError(f"batch_size={batch_size!r}: training needs minibatches of at least 2 cells.")
         self.n_rows, self.batch_size, self.seed, self.rank = n_rows, batch_size, seed, rank
         n_fewest = n_rows if n_fewest is None else n_fewest
         full, rest = divmod(n_fewest, batch_size)
@@ -88,7 +111,8 @@ class TrainingSampler(Sampler[Tensor]):
         return self.n_steps
 
     def __iter__(self) -> Iterator[Tensor]:
-        generator = torch.Generator().manual_seed(hash((self.seed, self.epoch, self.rank)) % (1 << 63))
+        entropy = np.random.SeedSequence([self.seed % (1 << 64), self.epoch, self.rank])
+        generator = torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
         order = torch.randperm(self.n_rows, generator=generator)
         first, self.skip = self.skip, 0
         for step in range(first, self.n_steps):

@@ -1,0 +1,87 @@
+"""Rows of a matrix in the order asked for, wherever it is: in memory or in a file, sparse or dense."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+
+from scvi_lite.data.checks import CHUNK, is_file, is_sparse_file
+
+
+class Rows:
+    """``rows[row_n]`` gives rows as canonical CSR; no more than these, or a block of them, are ever dense.
+
+    A matrix stored by columns, as CSC, is turned into CSR in memory first.
+
+    Parameters
+    ----------
+    matrix
+        NumPy array, SciPy CSR or CSC matrix, or what ``adata.X`` is when the file is backed.
+
+    Examples
+    --------
+    >>> Rows(np.array([[0, 1], [2, 0]]))[np.array([1, 0, 1])].toarray().tolist()
+    [[2, 0], [0, 1], [2, 0]]
+    """
+
+    def __init__(self, matrix: Any):
+        if is_sparse_file(matrix) and matrix.format == "csc":
+            matrix = matrix.to_memory()
+        self.matrix = matrix.tocsr() if sparse.issparse(matrix) else matrix
+        self.in_file = is_file(matrix)
+
+    def __len__(self) -> int:
+        return int(self.matrix.shape[0])
+
+    def __getitem__(self, row_n: np.ndarray | slice) -> sparse.csr_matrix:
+        if isinstance(row_n, slice) or not self.in_file:
+            return canonical(self.matrix[row_n])
+        # Files want row numbers that increase, each once.
+        in_file_n, back_n = np.unique(row_n, return_inverse=True)
+        found = canonical(self.matrix[in_file_n])
+        return found if np.array_equal(in_file_n, row_n) else found[back_n]
+
+    def blocks(self) -> Iterator[slice]:
+        """All rows in blocks that hold about ``CHUNK`` numbers."""
+        n, g = self.matrix.shape
+        stored = self.matrix.group["data"].shape[0] if is_sparse_file(self.matrix) else n * g
+        step = max(1, CHUNK * n // max(1, stored))
+        for i in range(0, n, step):
+            yield slice(i, min(i + step, n))
+
+
+def canonical(matrix: Any) -> sparse.csr_matrix:
+    """CSR with sorted columns, each entry once and none of them zero; the matrix that was given stays as it is.
+
+    >>> canonical(np.array([[0, 5]])).indices
+    array([1], dtype=int32)
+    """
+    if matrix.dtype == np.float16 or not matrix.dtype.isnative:  # which SciPy does not know
+        matrix = matrix.astype(np.float64)
+    csr = sparse.csr_matrix(matrix)
+    if not csr.has_canonical_format:
+        csr = sparse.csr_matrix(csr, dtype=np.float64, copy=True)  # sums of narrow integers could overflow
+        csr.sum_duplicates()
+    if not csr.data.all():
+        csr = csr.copy()
+        csr.eliminate_zeros()
+    return csr
+
+
+def row_sums(start: np.ndarray, value_m: np.ndarray) -> np.ndarray:
+    """Sum of the numbers between ``start[i]`` and ``start[i + 1]``, float32 of a float64 sum.
+
+    >>> row_sums(np.array([0, 2, 2, 3]), np.array([1, 2, 5]))
+    array([3., 0., 5.], dtype=float32)
+    """
+    sum_n = np.zeros(len(start) - 1, np.float32)
+    row = np.flatnonzero(np.diff(start))  # reduceat knows no empty rows
+    # In blocks, because reduceat turns all its numbers to float64 at once.
+    for block in np.split(row, np.searchsorted(start[row], np.arange(CHUNK, start[-1], CHUNK))):
+        if len(block):
+            first, last = start[block[0]], start[block[-1] + 1]
+            sum_n[block] = np.add.reduceat(value_m[first:last], start[block] - first, dtype=np.float64)
+    return sum_n
