@@ -179,7 +179,7 @@ def test_interrupt_keeps_the_model(data, tmp_path):
     )
     os.set_blocking(process.stderr.fileno(), False)
     seen, deadline = b"", time.monotonic() + 100
-    while b"train=" not in seen and time.monotonic() < deadline:
+    while b"train=" not in seen and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.2)
         seen += process.stderr.read() or b""
     process.send_signal(signal.SIGINT)
