@@ -80,7 +80,7 @@ def poisson(counts: Counts, logit_ng: Tensor, library_n: Tensor | None) -> Tenso
 
 
 def _score(
-    parts: Callable[..., tuple[Tensor, ...]],
+    parts: Callable[..., Parts],
     counts: Counts,
     logit_ng: Tensor,
     library_n: Tensor | None,
@@ -94,14 +94,16 @@ def _score(
         )
     dtype = torch.promote_types(logit_ng.dtype, torch.float32)
     inputs = [None if t is None else t.to(dtype) for t in (logit_ng, library_n, log_theta, dropout_ng)]
-    return _Score.apply(parts, counts.row_m, counts.col_m, counts.value_m.to(dtype), *inputs)
+    coordinates = counts.start, counts.row_m, counts.col_m, counts.value_m.to(dtype)
+    return _Score.apply(parts, *coordinates, *inputs)
 
 
 class _Score(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        parts: Callable[..., tuple[Tensor, ...]],
+        parts: Callable[..., Parts],
+        start: Tensor,
         row_m: Tensor,
         col_m: Tensor,
         x_m: Tensor,
@@ -110,40 +112,64 @@ class _Score(torch.autograd.Function):
         log_theta: Tensor | None,
         dropout_ng: Tensor | None,
     ) -> Tensor:
-        at_m = row_m * logit_ng.shape[1] + col_m
-        # At the non-zeros large numbers cancel one another: doubles, where the device has them.
-        wide = torch.float32 if logit_ng.is_mps else torch.float64
-        mu_ng, log_mu_m = _rates(logit_ng, library_n, row_m, at_m, wide)
-        log_theta_m = None
-        if log_theta is not None:
-            log_theta_m = (log_theta[col_m] if log_theta.ndim == 1 else log_theta.reshape(-1)[at_m]).to(wide)
-        nonzero = _NonZero(at_m, x_m.to(wide), log_mu_m, log_theta_m)
-        zero_n, nonzero_m, dmu_ng, dtheta_ng, ddropout_ng = parts(nonzero, mu_ng, log_theta, dropout_ng)
-        dlibrary_n = None
-        if library_n is not None:
-            dlibrary_n = dmu_ng.sum(1)
-            # mu / exp(library) is the softmax; the clamp keeps a library that underflows from making 0 * inf.
-            dmu_ng.addcmul_(mu_ng, (dlibrary_n * library_n.clamp(-80, 80).neg().exp())[:, None], value=-1)
-        ctx.save_for_backward(dmu_ng, dlibrary_n, dtheta_ng, ddropout_ng)
+        if not torch.compiler.is_compiling() and logit_ng.device.type == "cpu" and logit_ng.dtype == torch.float32:
+            from scvi_lite.distributions import kernels
+
+            gradients = any(ctx.needs_input_grad)
+            inputs = logit_ng, library_n, log_theta, dropout_ng
+            value_n, derivatives = kernels.score(start, col_m, x_m, *inputs, gradients)
+        else:
+            inputs = logit_ng, library_n, log_theta, dropout_ng
+            value_n, derivatives = _value_and_derivatives(parts, row_m, col_m, x_m, *inputs)
+        ctx.save_for_backward(*derivatives)
         ctx.theta_per_gene = log_theta is not None and log_theta.ndim == 1
-        return zero_n.index_add(0, row_m, nonzero_m.to(zero_n.dtype))
+        return value_n
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, up_n: Tensor) -> tuple[Tensor | None, ...]:
         dlogit_ng, dlibrary_n, dtheta_ng, ddropout_ng = ctx.saved_tensors
-        need_logit, need_library, need_theta, need_dropout = ctx.needs_input_grad[4:]
+        need_logit, need_library, need_theta, need_dropout = ctx.needs_input_grad[5:]
         scale = up_n[:, None]
         dtheta = None
         if need_theta:
             dtheta = up_n @ dtheta_ng if ctx.theta_per_gene else dtheta_ng * scale
         return (
-            *(None,) * 4,
+            *(None,) * 5,
             dlogit_ng * scale if need_logit else None,
             dlibrary_n * up_n if need_library else None,
             dtheta,
             ddropout_ng * scale if need_dropout else None,
         )
+
+
+def _value_and_derivatives(
+    parts: Callable[..., Parts],
+    row_m: Tensor,
+    col_m: Tensor,
+    x_m: Tensor,
+    logit_ng: Tensor,
+    library_n: Tensor | None,
+    log_theta: Tensor | None,
+    dropout_ng: Tensor | None,
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """Value (n,), and its derivatives with respect to logit, library, log theta (n, g) and dropout."""
+    at_m = row_m * logit_ng.shape[1] + col_m
+    # At the non-zeros large numbers cancel one another: doubles, where the device has them.
+    wide = torch.float32 if logit_ng.is_mps else torch.float64
+    mu_ng, log_mu_m = _rates(logit_ng, library_n, row_m, at_m, wide)
+    log_theta_m = None
+    if log_theta is not None:
+        log_theta_m = (log_theta[col_m] if log_theta.ndim == 1 else log_theta.reshape(-1)[at_m]).to(wide)
+    nonzero = _NonZero(at_m, x_m.to(wide), log_mu_m, log_theta_m)
+    zero_n, nonzero_m, dmu_ng, dtheta_ng, ddropout_ng = parts(nonzero, mu_ng, log_theta, dropout_ng)
+    dlibrary_n = None
+    if library_n is not None:
+        dlibrary_n = dmu_ng.sum(1)
+        # mu / exp(library) is the softmax; the clamp keeps a library that underflows from making 0 * inf.
+        dmu_ng.addcmul_(mu_ng, (dlibrary_n * library_n.clamp(-80, 80).neg().exp())[:, None], value=-1)
+    value_n = zero_n.index_add(0, row_m, nonzero_m.to(zero_n.dtype))
+    return value_n, (dmu_ng, dlibrary_n, dtheta_ng, ddropout_ng)
 
 
 @dataclass

@@ -1,0 +1,260 @@
+"""The formulas of :mod:`scvi_lite.distributions.fused` as one pass over the rows of a minibatch, compiled for the CPU.
+
+A cell's row stays in the cache from the softmax to the gradients, and nothing of the size of the minibatch is made but
+the gradients. Numba compiles a function when it is first called, and keeps the result on disk beside the package (or
+in the user's cache, where that cannot be written).
+
+``exp`` and ``log1p`` are polynomials, so that the compiler can work on many genes at once: coefficients interpolate
+(exp(r) - 1 - r) / r² and (log(1 + f) - f) / f² at Chebyshev nodes; relative errors stay below 3e-7.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from scvi_lite.distributions.counts import LOG_THETA_RANGE
+
+F, INT = np.float32, np.int32
+# Sums may be taken in any order: the compiler then adds many genes at once.
+ANY_ORDER = {"nnan", "ninf", "nsz", "arcp", "contract", "reassoc"}
+# Up to here lgamma(x + theta) - lgamma(theta) is the logarithm of a product that a double holds.
+MAX_PRODUCT = 16
+LOG_FACTORIAL = np.array([math.lgamma(x + 1.0) for x in range(MAX_PRODUCT + 1)])
+# A thread is worth its start from this many elements on.
+MIN_WORK = 1 << 15
+
+
+@numba.njit(fastmath={"contract"})
+def exp(x):
+    """exp(x) of a float32: 2^k times a polynomial on [-log(2)/2, log(2)/2]."""
+    x = min(max(x, F(-87)), F(88))
+    k = np.rint(x * F(1.4426950408889634))
+    r = x - k * F(0.693359375) + k * F(2.12194440e-4)
+    p = F(0.00139262) * r + F(0.00836317)
+    p = p * r + F(0.04166655)
+    p = p * r + F(0.16666577)
+    p = p * r + F(0.5)
+    return (p * r * r + r + F(1)) * INT((INT(k) + INT(127)) << INT(23)).view(F)
+
+
+@numba.njit(fastmath={"contract"})
+def log1p(r):
+    """log(1 + r) of a float32 r >= 0: 1 + r is 2^k (1 + f) with |f| <= 1/3; k = 0 keeps every digit of a small r."""
+    k = exponent(r + F(1))
+    power = INT((INT(127) - k) << INT(23)).view(F)
+    return log_polynomial((power - F(1)) + r * power) + F(k) * F(0.6931471805599453)
+
+
+@numba.njit(fastmath={"contract"})
+def log(u):
+    """log(u) of a float32."""
+    k = exponent(u)
+    return log_polynomial(u * INT((INT(127) - k) << INT(23)).view(F) - F(1)) + F(k) * F(0.6931471805599453)
+
+
+@numba.njit
+def exponent(u):
+    """The k for which u / 2^k lies between 2/3 and 4/3, from the bits of a float32."""
+    return INT((F(u * F(1.5)).view(INT) >> INT(23)) - INT(127))
+
+
+@numba.njit(fastmath={"contract"})
+def log_polynomial(f):
+    """log(1 + f) for -1/3 <= f <= 1/3."""
+    p = F(0.13425749) * f - F(0.15040764)
+    p = p * f + F(0.14118310)
+    p = p * f - F(0.16483018)
+    p = p * f + F(0.20003780)
+    p = p * f - F(0.25004146)
+    p = p * f + F(0.33333320)
+    p = p * f - F(0.49999986)
+    return p * f * f + f
+
+
+@numba.njit(fastmath=ANY_ORDER, error_model="numpy")
+def exp_row(i, logit_ng, top, e_g, zero_g):
+    """exp(logit - top) of a row, and its sum; marks every gene as a zero."""
+    total = F(0)
+    for j in range(e_g.shape[0]):
+        e_g[j] = exp(logit_ng[i, j] - top)
+        total += e_g[j]
+        zero_g[j] = F(1)
+    return total
+
+
+@numba.njit(fastmath=ANY_ORDER, error_model="numpy")
+def zeros_row(i, o, c, e_g, zero_g, theta_g, dropout_ng, dmu_ng, dtheta_ng, ddropout_ng):
+    """Log-probability of the zeros of row i, where mu = c e, and its derivatives into row o.
+
+    Also gives the sum of the derivative with respect to log mu.
+    """
+    value, total = F(0), F(0)
+    for j in range(e_g.shape[0]):
+        mu, zero = e_g[j] * c, zero_g[j]
+        if theta_g is None:
+            t, h = mu, mu
+        else:
+            t = theta_g[j] * log1p(mu / theta_g[j])
+            h = mu / (F(1) + mu / theta_g[j])
+        if dropout_ng is None:
+            dt = -zero
+            value -= zero * t
+        else:
+            prior = exp(-max(dropout_ng[i, j], F(-40)))
+            posterior = prior * exp(-t)
+            both = F(1) / ((F(1) + prior) * (F(1) + posterior))
+            dt = zero * (both * (F(1) + prior) - F(1))
+            value += zero * log(both * (F(1) + posterior) * (F(1) + posterior))
+            ddropout_ng[o, j] = zero * both * (prior - posterior)
+        if theta_g is not None:
+            dtheta_ng[o, j] = dt * (t - h)
+        dmu_ng[o, j] = dt * h
+        total += dt * h
+    return value, total
+
+
+@numba.njit(fastmath=ANY_ORDER, error_model="numpy")
+def nonzeros_row(i, o, lo, hi, col_m, x_m, shift, logit_ng, log_theta_g, dropout_ng, dmu_ng, dtheta_ng, ddropout_ng):
+    """Same as :func:`zeros_row` for the non-zeros lo:hi of row i, where log mu = logit + shift."""
+    value, total = 0.0, 0.0
+    for m in range(lo, hi):
+        j, x = col_m[m], float(x_m[m])
+        log_mu = logit_ng[i, j] + shift
+        if log_theta_g is None:
+            mu = math.exp(log_mu)
+            value += x * log_mu - mu - math.lgamma(x + 1.0)
+            dmu = x - mu
+        else:
+            nb, dmu, dtheta = nb_nonzero(x, log_mu, float(log_theta_g[j]))
+            value += nb
+            dtheta_ng[o, j] = dtheta
+        dmu_ng[o, j] = dmu
+        total += dmu
+        if dropout_ng is not None:
+            q = exp(-abs(dropout_ng[i, j]))
+            value -= max(dropout_ng[i, j], F(0)) + log1p(q)
+            ddropout_ng[o, j] = (F(-1) if dropout_ng[i, j] > 0 else -q) / (F(1) + q)
+    return value, total
+
+
+@numba.njit(error_model="numpy")
+def nb_nonzero(x, log_mu, log_theta):
+    """Log-probability of one positive count and its derivatives with respect to log mu and log theta, in doubles."""
+    theta = math.exp(log_theta)
+    d = log_mu - log_theta
+    q = math.exp(-abs(d))
+    s = max(d, 0.0) + math.log1p(q)
+    dmu = x - (x + theta) * (1.0 if d > 0 else q) / (1.0 + q)
+    if x <= MAX_PRODUCT and x == math.floor(x):
+        rising, slope = theta, 1.0  # of theta (theta + 1) ... (theta + x - 1)
+        for j in range(1, int(x)):
+            slope = slope * (theta + j) + rising
+            rising *= theta + j
+        gammas, digammas = math.log(rising) - LOG_FACTORIAL[int(x)], slope / rising
+    else:
+        gammas, digammas = gamma_rise(x, theta)
+        gammas -= math.lgamma(x + 1.0)
+    return x * d - (x + theta) * s + gammas, dmu, theta * (digammas - s) - dmu
+
+
+@numba.njit(error_model="numpy")
+def gamma_rise(x, theta):
+    """lgamma(x + theta) - lgamma(theta), and the same of digamma: Stirling's series, taken 8 steps above theta."""
+    high, end = theta + 8.0, theta + 8.0 + x
+    gammas = x * math.log(high) + (end - 0.5) * math.log1p(x / high) - x
+    gammas += (1 / end - 1 / high) / 12 - (end**-3 - high**-3) / 360
+    digammas = math.log1p(x / high) - (1 / end - 1 / high) / 2 - (end**-2 - high**-2) / 12 + (end**-4 - high**-4) / 120
+    steps = 1.0
+    for j in range(8):
+        steps *= (theta + j) / (theta + j + x)
+        digammas += 1 / (theta + j) - 1 / (theta + j + x)
+    return gammas + math.log(steps), digammas
+
+
+def score_rows(
+    first, last, start, col_m, x_m, logit_ng, top_n, library_n, log_theta_tg, theta_tg, dropout_ng,
+    value_n, dlibrary_n, dmu_ng, dtheta_ng, ddropout_ng,
+):  # fmt: skip
+    """Fill value and derivatives of the cells first:last. What a likelihood has no use for is None."""
+    e_g, zero_g = np.empty(logit_ng.shape[1], F), np.empty(logit_ng.shape[1], F)
+    log_theta_g, theta_g = None, None
+    for i in range(first, last):
+        o = i % dmu_ng.shape[0]
+        if log_theta_tg is not None:
+            log_theta_g, theta_g = log_theta_tg[i % log_theta_tg.shape[0]], theta_tg[i % log_theta_tg.shape[0]]
+        total = exp_row(i, logit_ng, top_n[i], e_g, zero_g)
+        shift = 0.0 if library_n is None else library_n[i] - math.log(total)
+        for m in range(start[i], start[i + 1]):
+            zero_g[col_m[m]] = F(0)
+        c = F(math.exp(shift))
+        zeros, dzeros = zeros_row(i, o, c, e_g, zero_g, theta_g, dropout_ng, dmu_ng, dtheta_ng, ddropout_ng)
+        others, dothers = nonzeros_row(
+            i, o, start[i], start[i + 1], col_m, x_m, shift - top_n[i], logit_ng, log_theta_g, dropout_ng,
+            dmu_ng, dtheta_ng, ddropout_ng,
+        )  # fmt: skip
+        value_n[i] = zeros + others
+        if library_n is not None:
+            dlibrary_n[i] = dzeros + dothers
+            share = F((dzeros + dothers) / total)
+            for j in range(e_g.shape[0]):
+                dmu_ng[o, j] -= share * e_g[j]
+
+
+@cache
+def _compiled() -> Any:
+    options = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
+    try:
+        return numba.njit(cache=True, **options)(score_rows)
+    except RuntimeError:  # nowhere to keep the result
+        return numba.njit(**options)(score_rows)
+
+
+@cache
+def _threads(pid: int) -> ThreadPoolExecutor:
+    """Threads of this process; those of a parent do not survive a fork."""
+    return ThreadPoolExecutor(thread_name_prefix="scvi_lite")
+
+
+def score(
+    start: Tensor,
+    col_m: Tensor,
+    x_m: Tensor,
+    logit_ng: Tensor,
+    library_n: Tensor | None,
+    log_theta: Tensor | None,
+    dropout_ng: Tensor | None,
+    gradients: bool,
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """Value (n,), and its derivatives with respect to logit, library, log theta (n, g) and dropout."""
+    n, g = logit_ng.shape
+    top_n = logit_ng.new_zeros(n) if library_n is None else logit_ng.amax(1)
+    log_theta = None if log_theta is None else log_theta.reshape(-1, g).clamp(*LOG_THETA_RANGE)
+    theta = None if log_theta is None else log_theta.clamp(-40, 40).exp()
+    inputs = [start, col_m, x_m, logit_ng, top_n, library_n, log_theta, theta, dropout_ng]
+    inputs = [None if t is None else t.detach().contiguous().numpy() for t in inputs]
+    n_threads = max(1, min(torch.get_num_threads(), n, n * g // MIN_WORK))
+
+    def outputs(n_rows: int) -> list[Tensor | None]:
+        return [None if t is None else logit_ng.new_empty(n_rows, g) for t in (logit_ng, log_theta, dropout_ng)]
+
+    value_n, dlibrary_n, full = logit_ng.new_empty(n), logit_ng.new_empty(n), outputs(n if gradients else 0)
+    calls = []
+    for k in range(n_threads):
+        grads = [None if t is None else t.numpy() for t in (full if gradients else outputs(1))]
+        rows = (k * n // n_threads, (k + 1) * n // n_threads)
+        calls.append((*rows, *inputs, value_n.numpy(), dlibrary_n.numpy(), *grads))
+    others = [_threads(os.getpid()).submit(_compiled(), *call) for call in calls[1:]]
+    _compiled()(*calls[0])
+    for other in others:
+        other.result()
+    dlogit_ng, dtheta_ng, ddropout_ng = full
+    return value_n, (dlogit_ng, None if library_n is None else dlibrary_n, dtheta_ng, ddropout_ng)
