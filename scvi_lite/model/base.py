@@ -453,7 +453,7 @@ class Model(ABC):
                 f"{saved.class_name}.load(...)."
             )
         if adata is None:
-            adata = _read_data(dir_path, prefix)
+            adata = _read_data(dir_path, prefix, foreign)
         model = cls._from_saved(saved, adata)
         model.to_device(choose_device(accelerator, device))
         return model
@@ -596,13 +596,16 @@ def choose_device(accelerator: str, device: int | str | torch.device) -> torch.d
     return torch.device(accelerator + (number if accelerator == "cuda" else ""))
 
 
-def _read_data(dir_path: str | Path, prefix: str) -> AnnData:
+def _read_data(dir_path: str | Path, prefix: str, foreign: bool) -> AnnData:
     """The data that were saved with a model."""
     import anndata
 
-    path = Path(dir_path).expanduser() / f"{prefix}adata.h5ad"
-    if not path.is_file():
+    from scvi_lite.io.folder import find_data
+
+    beside = Path(dir_path).expanduser() / f"{prefix}adata.h5ad"
+    path = (beside if beside.is_file() else None) if foreign else find_data(dir_path, prefix)
+    if path is None:
         raise FileNotFoundError(
-            f"{dir_path} holds no {path.name}: the model was saved without its data. Give them: load(..., adata=adata)."
+            f"{dir_path} holds no {beside.name}: the model was saved without its data. Give them: load(..., adata=adata)."
         )
     return anndata.read_h5ad(path)
