@@ -61,7 +61,7 @@ class Matrix(Field):
             if adata.X is None:
                 raise ValueError("adata.X is empty. Put the counts there, or name the layer that has them: layer=...")
             return adata.X
-        if layer not in adata.layers:
+        if not isinstance(layer, str) or layer not in adata.layers:
             raise UnknownKeyError(unknown("layer", layer, adata.layers.keys(), "a key of adata.layers", "Layers"))
         return adata.layers[layer]
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 UNS_KEY = "scvi_lite"
 CURES = {
+    "NoneType": "Give the data that setup_anndata was called with.",
     "str": "Read the file first: anndata.read_h5ad(path).",
     "PosixPath": "Read the file first: anndata.read_h5ad(path).",
     "DataFrame": "Make one: anndata.AnnData(frame), with cells as rows.",

@@ -11,6 +11,9 @@ from scipy import sparse
 from scvi_lite.data.checks import CHUNK, is_file, is_sparse_file
 
 
+BLOCK = 1 << 18  # numbers summed in one go
+
+
 class Rows:
     """``rows[row_n]`` gives rows as canonical CSR; no more than these, or a block of them, are ever dense.
 
@@ -36,21 +39,26 @@ class Rows:
     def __len__(self) -> int:
         return int(self.matrix.shape[0])
 
-    def __getitem__(self, row_n: np.ndarray | slice) -> sparse.csr_matrix:
-        if isinstance(row_n, slice) or not self.in_file:
-            return canonical(self.matrix[row_n])
-        # Files want row numbers that increase, each once.
-        in_file_n, back_n = np.unique(row_n, return_inverse=True)
-        found = canonical(self.matrix[in_file_n])
-        return found if np.array_equal(in_file_n, row_n) else found[back_n]
+    def __getitem__(self, row_n: np.ndarray) -> sparse.csr_matrix:
+        found_n = np.unique(row_n) if self.in_file else row_n  # files want numbers that increase, each once
+        found = canonical(self.matrix[_as_slice(found_n)])
+        return found if np.array_equal(found_n, row_n) else found[np.searchsorted(found_n, row_n)]
 
-    def blocks(self) -> Iterator[slice]:
+    def blocks(self) -> Iterator[np.ndarray]:
         """All rows in blocks that hold about ``CHUNK`` numbers."""
         n, g = self.matrix.shape
         stored = self.matrix.group["data"].shape[0] if is_sparse_file(self.matrix) else n * g
         step = max(1, CHUNK * n // max(1, stored))
         for i in range(0, n, step):
-            yield slice(i, min(i + step, n))
+            yield np.arange(i, min(i + step, n))
+
+
+def _as_slice(row_n: np.ndarray) -> np.ndarray | slice:
+    """Rows that follow one another as a slice, which is read in one go."""
+    if len(row_n) == 0:
+        return slice(0, 0)
+    one_by_one = row_n[-1] - row_n[0] + 1 == len(row_n) and bool((np.diff(row_n) == 1).all())
+    return slice(int(row_n[0]), int(row_n[-1]) + 1) if one_by_one else row_n
 
 
 def canonical(matrix: Any) -> sparse.csr_matrix:
@@ -80,7 +88,7 @@ def row_sums(start: np.ndarray, value_m: np.ndarray) -> np.ndarray:
     sum_n = np.zeros(len(start) - 1, np.float32)
     row = np.flatnonzero(np.diff(start))  # reduceat knows no empty rows
     # In blocks, because reduceat turns all its numbers to float64 at once.
-    for block in np.split(row, np.searchsorted(start[row], np.arange(CHUNK, start[-1], CHUNK))):
+    for block in np.split(row, np.searchsorted(start[row], np.arange(BLOCK, start[-1], BLOCK))):
         if len(block):
             first, last = start[block[0]], start[block[-1] + 1]
             sum_n[block] = np.add.reduceat(value_m[first:last], start[block] - first, dtype=np.float64)
