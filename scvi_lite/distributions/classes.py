@@ -92,7 +92,7 @@ class NegativeBinomial(distributions.Distribution):
         return nb_log_prob(value, _log(self.mu), _log(self.theta))
 
     @torch.no_grad()
-    def sample(self, sample_shape: Size | tuple[int, ...] = ()) -> Tensor:
+    def sample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         """Draw counts: ``sample_shape`` followed by the shape of ``mu``."""
         shape = self._extended_shape(Size(sample_shape))
         return _sample_nb(self.mu.expand(shape), self.theta.expand(shape))
@@ -153,7 +153,7 @@ class ZeroInflatedNegativeBinomial(NegativeBinomial):
         return zinb_log_prob(value, _log(self.mu), _log(self.theta), self.zi_logits)
 
     @torch.no_grad()
-    def sample(self, sample_shape: Size | tuple[int, ...] = ()) -> Tensor:
+    def sample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         """Draw counts: ``sample_shape`` followed by the shape of ``mu``."""
         counts = super().sample(sample_shape)
         return counts.masked_fill(torch.rand_like(counts) < self.zi_probs, 0.0)
@@ -226,7 +226,7 @@ class NegativeBinomialMixture(distributions.Distribution):
         return torch.where(value < 0, -torch.inf, torch.logaddexp(first, second))
 
     @torch.no_grad()
-    def sample(self, sample_shape: Size | tuple[int, ...] = ()) -> Tensor:
+    def sample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         """Draw counts: ``sample_shape`` followed by the shape of ``mu1``."""
         first = torch.bernoulli(self.mixture_probs.expand(self._extended_shape(Size(sample_shape)))).bool()
         return _sample_nb(torch.where(first, self.mu1, self.mu2), torch.where(first, self.theta1, self._second_theta))

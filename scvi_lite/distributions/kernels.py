@@ -29,6 +29,8 @@ ANY_ORDER = {"nnan", "ninf", "nsz", "arcp", "contract", "reassoc"}
 # Up to here lgamma(x + theta) - lgamma(theta) is the logarithm of a product that a double holds.
 MAX_PRODUCT = 16
 LOG_FACTORIAL = np.array([math.lgamma(x + 1.0) for x in range(MAX_PRODUCT + 1)])
+# A theta below is nothing beside any mean.
+TINY = F(1e-17)
 # A thread is worth its start from this many elements on.
 MIN_WORK = 1 << 15
 
@@ -103,8 +105,9 @@ def zeros_row(i, o, c, e_g, zero_g, theta_g, dropout_ng, dmu_ng, dtheta_ng, ddro
         if theta_g is None:
             t, h = mu, mu
         else:
-            t = theta_g[j] * log1p(mu / theta_g[j])
-            h = mu / (F(1) + mu / theta_g[j])
+            theta = max(theta_g[j], TINY)  # mu / theta stays a float
+            t = theta * log1p(mu / theta)
+            h = mu / (F(1) + mu / theta)
         if dropout_ng is None:
             dt = -zero
             value -= zero * t
@@ -123,18 +126,23 @@ def zeros_row(i, o, c, e_g, zero_g, theta_g, dropout_ng, dmu_ng, dtheta_ng, ddro
 
 
 @numba.njit(fastmath=ANY_ORDER, error_model="numpy")
-def nonzeros_row(i, o, lo, hi, col_m, x_m, shift, logit_ng, log_theta_g, dropout_ng, dmu_ng, dtheta_ng, ddropout_ng):
+def nonzeros_row(
+    i, o, lo, hi, col_m, x_m, shift, logit_ng, log_theta_g, theta_g, dropout_ng, dmu_ng, dtheta_ng, ddropout_ng
+):
     """Same as :func:`zeros_row` for the non-zeros lo:hi of row i, where log mu = logit + shift."""
     value, total = 0.0, 0.0
     for m in range(lo, hi):
-        j, x = col_m[m], float(x_m[m])
+        j, x = col_m[m], x_m[m]
         log_mu = logit_ng[i, j] + shift
         if log_theta_g is None:
             mu = math.exp(log_mu)
             value += x * log_mu - mu - math.lgamma(x + 1.0)
             dmu = x - mu
         else:
-            nb, dmu, dtheta = nb_nonzero(x, log_mu, float(log_theta_g[j]))
+            if x <= MAX_PRODUCT and x == math.floor(x):
+                nb, dmu, dtheta = nb_small(x, log_mu, log_theta_g[j], theta_g[j])
+            else:
+                nb, dmu, dtheta = nb_any(float(x), log_mu, float(log_theta_g[j]))
             value += nb
             dtheta_ng[o, j] = dtheta
         dmu_ng[o, j] = dmu
@@ -147,23 +155,30 @@ def nonzeros_row(i, o, lo, hi, col_m, x_m, shift, logit_ng, log_theta_g, dropout
 
 
 @numba.njit(error_model="numpy")
-def nb_nonzero(x, log_mu, log_theta):
-    """Log-probability of one positive count and its derivatives with respect to log mu and log theta, in doubles."""
-    theta = math.exp(log_theta)
-    d = log_mu - log_theta
+def nb_small(x, log_mu, log_theta, theta):
+    """Log-probability of a small whole count, and its derivatives with respect to log mu and log theta."""
+    d = F(log_mu - log_theta)
+    q = exp(-abs(d))
+    s = max(d, F(0)) + log1p(q)
+    dmu = x - (x + theta) * (F(1) if d > 0 else q) / (F(1) + q)
+    # theta (theta + 1) ... (theta + x - 1), without its first factor; and the derivative of the whole
+    rest, slope = 1.0, 1.0
+    for k in range(1, int(x)):
+        slope = slope * (theta + k) + theta * rest
+        rest *= theta + k
+    rising = log_theta if x == 1 else log_theta + math.log(rest) - LOG_FACTORIAL[int(x)]
+    return x * (d - s) - theta * s + rising, dmu, slope / rest - theta * s - dmu
+
+
+@numba.njit(error_model="numpy")
+def nb_any(x, log_mu, log_theta):
+    """Same as :func:`nb_small` for any positive count, in doubles: large numbers cancel one another."""
+    theta, d = math.exp(log_theta), log_mu - log_theta
     q = math.exp(-abs(d))
     s = max(d, 0.0) + math.log1p(q)
     dmu = x - (x + theta) * (1.0 if d > 0 else q) / (1.0 + q)
-    if x <= MAX_PRODUCT and x == math.floor(x):
-        rising, slope = theta, 1.0  # of theta (theta + 1) ... (theta + x - 1)
-        for j in range(1, int(x)):
-            slope = slope * (theta + j) + rising
-            rising *= theta + j
-        gammas, digammas = math.log(rising) - LOG_FACTORIAL[int(x)], slope / rising
-    else:
-        gammas, digammas = gamma_rise(x, theta)
-        gammas -= math.lgamma(x + 1.0)
-    return x * d - (x + theta) * s + gammas, dmu, theta * (digammas - s) - dmu
+    gammas, digammas = gamma_rise(x, theta)
+    return x * (d - s) - theta * s + gammas - math.lgamma(x + 1.0), dmu, theta * (digammas - s) - dmu
 
 
 @numba.njit(error_model="numpy")
@@ -198,8 +213,8 @@ def score_rows(
         c = F(math.exp(shift))
         zeros, dzeros = zeros_row(i, o, c, e_g, zero_g, theta_g, dropout_ng, dmu_ng, dtheta_ng, ddropout_ng)
         others, dothers = nonzeros_row(
-            i, o, start[i], start[i + 1], col_m, x_m, shift - top_n[i], logit_ng, log_theta_g, dropout_ng,
-            dmu_ng, dtheta_ng, ddropout_ng,
+            i, o, start[i], start[i + 1], col_m, x_m, shift - top_n[i], logit_ng, log_theta_g, theta_g,
+            dropout_ng, dmu_ng, dtheta_ng, ddropout_ng,
         )  # fmt: skip
         value_n[i] = zeros + others
         if library_n is not None:
@@ -211,7 +226,7 @@ def score_rows(
 
 @cache
 def _compiled() -> Any:
-    options = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
     try:
         return numba.njit(cache=True, **options)(score_rows)
     except RuntimeError:  # nowhere to keep the result
@@ -238,9 +253,9 @@ def score(
     n, g = logit_ng.shape
     top_n = logit_ng.new_zeros(n) if library_n is None else logit_ng.amax(1)
     log_theta = None if log_theta is None else log_theta.reshape(-1, g).clamp(*LOG_THETA_RANGE)
-    theta = None if log_theta is None else log_theta.clamp(-40, 40).exp()
-    inputs = [start, col_m, x_m, logit_ng, top_n, library_n, log_theta, theta, dropout_ng]
-    inputs = [None if t is None else t.detach().contiguous().numpy() for t in inputs]
+    theta = None if log_theta is None else log_theta.exp()
+    tensors = [start, col_m, x_m, logit_ng, top_n, library_n, log_theta, theta, dropout_ng]
+    inputs = [None if t is None else t.detach().contiguous().numpy() for t in tensors]
     n_threads = max(1, min(torch.get_num_threads(), n, n * g // MIN_WORK))
 
     def outputs(n_rows: int) -> list[Tensor | None]:
