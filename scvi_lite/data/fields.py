@@ -37,6 +37,11 @@ class Field(ABC):
     def read(cls, adata: AnnData, state: dict[str, Any]) -> Any:
         """The data of this field, in the coding of ``state``."""
 
+    @classmethod
+    def check(cls, adata: AnnData, state: dict[str, Any]) -> None:
+        """Refuse data that cannot be read, or, having been read, not be used."""
+        cls.read(adata, state)
+
 
 class Matrix(Field):
     """A cells × features matrix of counts: ``X`` or a layer."""
@@ -48,19 +53,25 @@ class Matrix(Field):
         self.layer, self.counts = layer, counts
 
     def register(self, adata: AnnData) -> dict[str, Any]:
-        state = {"layer": self.layer}
-        matrix = self.read(adata, state)
-        check_counts(matrix, "adata.X" if self.layer is None else f"adata.layers[{self.layer!r}]", self.counts)
+        state = {"layer": self.layer, "counts": self.counts}
+        self.check(adata, state)
         return state
+
+    @classmethod
+    def check(cls, adata: AnnData, state: dict[str, Any]) -> None:
+        """One pass over the numbers."""
+        where = "adata.X" if state["layer"] is None else f"adata.layers[{state['layer']!r}]"
+        check_counts(cls.read(adata, state), where, state.get("counts", True))
 
     @classmethod
     def read(cls, adata: AnnData, state: dict[str, Any]) -> Any:
         """The matrix as it is, in memory or in a file."""
         layer = state["layer"]
         if layer is None:
-            if adata.X is None:
+            matrix = adata.X  # asked for once, because a view makes it anew each time
+            if matrix is None:
                 raise ValueError("adata.X is empty. Put the counts there, or name the layer that has them: layer=...")
-            return adata.X
+            return matrix
         if not isinstance(layer, str) or layer not in adata.layers:
             raise UnknownKeyError(unknown("layer", layer, adata.layers.keys(), "a key of adata.layers", "Layers"))
         return adata.layers[layer]
@@ -98,7 +109,7 @@ class Continuous(Field):
 
     def register(self, adata: AnnData) -> dict[str, Any]:
         state = {"argument": self.argument, "key": self.key, "positive": self.positive}
-        self.read(adata, state)
+        self.check(adata, state)
         return state
 
     @classmethod
@@ -157,17 +168,17 @@ class Continuouses(Columns):
 
 
 class Embedding(Field):
-    """A matrix of ``obsm`` (n, k)."""
+    """A matrix of ``obsm`` (n, k); ``variance`` for variances, which are read as standard deviations."""
 
     kind = "embedding"
 
-    def __init__(self, name: str, argument: str, key: str):
+    def __init__(self, name: str, argument: str, key: str, variance: bool = False):
         super().__init__(name)
-        self.argument, self.key = argument, key
+        self.argument, self.key, self.variance = argument, key, variance
 
     def register(self, adata: AnnData) -> dict[str, Any]:
-        state = {"argument": self.argument, "key": self.key}
-        self.read(adata, state)
+        state = {"argument": self.argument, "key": self.key, "variance": self.variance}
+        self.check(adata, state)
         return state
 
     @classmethod
@@ -176,7 +187,8 @@ class Embedding(Field):
         argument, key = state["argument"], state["key"]
         if key not in adata.obsm:
             raise UnknownKeyError(unknown(argument, key, adata.obsm.keys(), "a key of adata.obsm", "Keys"))
-        return np.ascontiguousarray(adata.obsm[key], dtype=np.float32)
+        values = np.ascontiguousarray(adata.obsm[key], dtype=np.float32)
+        return np.sqrt(values) if state.get("variance") else values
 
 
 FIELDS: tuple[type[Field], ...] = (Matrix, Categorical, Categoricals, Continuous, Continuouses, Embedding)

@@ -84,6 +84,19 @@ class Registry:
         state = self.fields[field]
         return KINDS[state["kind"]].read(adata, state)
 
+    def check(self, adata: AnnData) -> None:
+        """Refuse data that the model cannot read, or whose counts are none.
+
+        Raises
+        ------
+        KeyError
+            If a column or layer does not exist.
+        ValueError
+            If values are missing or new to the model, or counts are negative, NaN or infinite.
+        """
+        for state in self.fields.values():
+            KINDS[state["kind"]].check(adata, state)
+
 
 def register(adata: AnnData, model_name: str, fields: Sequence[Field], setup_args: dict[str, Any]) -> Registry:
     """Check ``adata`` against the fields and write the result to ``adata.uns["scvi_lite"][model_name]``.

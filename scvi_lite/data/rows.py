@@ -10,7 +10,6 @@ from scipy import sparse
 
 from scvi_lite.data.checks import CHUNK, is_file, is_sparse_file
 
-
 BLOCK = 1 << 18  # numbers summed in one go
 
 

@@ -186,6 +186,6 @@ def narrowest(values: np.ndarray) -> type[np.generic]:
         return np.uint8
     if any(has_fractions(values[i : i + CHUNK]) for i in range(0, len(values), CHUNK)):
         return np.float32
-    low, high = values.min(), values.max()
+    low, high = values.min().item(), values.max().item()  # as Python's numbers, which compare without rounding
     fits = (t for t in (np.uint8, np.int16, np.int32) if np.iinfo(t).min <= low and high <= np.iinfo(t).max)
     return next(fits, np.float32)

@@ -18,7 +18,7 @@ from scvi_lite._settings import settings
 from scvi_lite.data import registry as registries
 from scvi_lite.data.batch import Batch
 from scvi_lite.data.disk import LazyStore, load_for_training
-from scvi_lite.data.fields import Field, Matrix, check_counts
+from scvi_lite.data.fields import Field, Matrix
 from scvi_lite.data.registry import Registry
 from scvi_lite.data.sampler import split_rows
 from scvi_lite.errors import check_options, listing, nearest, unknown
@@ -87,10 +87,7 @@ class Model(ABC):
             return self.adata
         if adata is not self.adata:
             adata = match_genes(adata, self._var_names)
-            for state in self.registry.fields.values():
-                if state["kind"] == Matrix.kind:
-                    where = "adata.X" if state.get("layer") is None else f"adata.layers[{state['layer']!r}]"
-                    check_counts(Matrix.read(adata, state), where)
+            self.registry.check(adata)
         return adata
 
     @staticmethod
@@ -463,8 +460,7 @@ class Model(ABC):
         model = cls.__new__(cls)
         registry = Registry.from_dict(saved.registry)
         adata = match_genes(adata, saved.var_names)
-        for name in registry.fields:
-            registry.read(adata, name)
+        registry.check(adata)
         model._build(adata, registry, saved.arguments)
         missing, surplus = model.module.load_state_dict(saved.state, strict=False)
         if missing or surplus:
@@ -534,14 +530,15 @@ def match_genes(adata: AnnData, var_names: Sequence[str]) -> AnnData:
             f"adata: {len(missing)} of the model's {len(var_names)} genes are not among adata.var_names: "
             f"{listing(missing)}.{hint} Names must be those that the model was trained with."
         )
-    surplus = len(here) - len(var_names)
-    left_out = f" and leaves out {surplus} that it does not know" if surplus else ""
+    what = ["are in another order than the model's"] if (np.diff(position) < 0).any() else []
+    if (surplus := len(here) - len(var_names)) > 0:
+        what.append(f"include {surplus} that the model does not know")
     warnings.warn(
-        f"The genes of adata are in another order than the model's: a copy with its order is used{left_out}.",
+        f"The genes of adata {' and '.join(what)}: a copy with the model's genes in its order is used.",
         UserWarning,
         stacklevel=4,
     )
-    return adata[:, position].copy()
+    return (adata.to_memory() if adata.isbacked else adata)[:, position].copy()
 
 
 def heuristic_epochs(n_cells: int) -> int:
