@@ -305,6 +305,8 @@ class Model(ABC):
 
     def _check_can_train(self) -> None:
         """Refuse what cannot be trained; models add to it."""
+        if "qz_loc_nk" in self.registry.fields:
+            raise RuntimeError("The data of this model are minified: a model is trained with counts. Make it with the full data.")
 
     def _adopt(self, task: Task, data: CellDataModule) -> None:
         """Take over the history and the split of a training, however it ended."""

@@ -108,8 +108,9 @@ def read_checkpoint(path: str | Path, module: nn.Module, n_cells: int, batch_siz
         raise FileNotFoundError(f"{name}: there is no such file.")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError) as error:
-        raise ValueError(f"{name} is damaged, or not a checkpoint: {str(error).splitlines()[0]}") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, zipfile.BadZipFile, ValueError) as error:
+        first_line = str(error).partition("\n")[0] or "it ends too early"
+        raise ValueError(f"{name} is damaged, or not a checkpoint: {first_line}") from error
     if not (isinstance(checkpoint, dict) and KEY in checkpoint and "state_dict" in checkpoint):
         raise ValueError(f"{name} is not a checkpoint that train(enable_checkpointing=True) wrote.")
     state = checkpoint[KEY]

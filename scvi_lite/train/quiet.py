@@ -13,7 +13,8 @@ NOISE = (
     ".*The number of training batches.*is smaller than the logging interval.*",
     ".*Checkpoint directory .* exists and is not empty.*",
     ".*is supported for historical reasons but its usage is discouraged.*",
-    ".*You are resuming from a checkpoint that ended before the epoch ended.*",
+    ".*You're resuming from a checkpoint that ended before the epoch ended.*",
+    r""".*Please add the following callbacks: \["ModelCheckpoint[^"]*"\]""",
     ".*GPU available but not used.*",
     ".*isinstance.treespec, LeafSpec.. is deprecated.*",
 )

@@ -157,7 +157,7 @@ class Task(pl.LightningModule):
     def on_train_epoch_end(self) -> None:
         self._share_buffers()
         metrics = self._means("train")
-        more = {"kl_weight": self._kl_weight_set}
+        more = {"kl_weight": self._current_kl_weight()}
         if self.monitor_lr:
             optimizer = self.trainer.optimizers[0]
             more[f"lr-{type(optimizer).__name__}"] = float(optimizer.param_groups[0]["lr"])
@@ -271,6 +271,8 @@ class Task(pl.LightningModule):
         saved.finish_batch(checkpoint, self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.trainer.precision == "64-true":  # the trainer would convert the module after loading
+            self.double()
         state = self.resumed = checkpoint[saved.KEY]
         saved.check_ranks(state, self.trainer.world_size)
         self.epoch_history = {name: dict(values) for name, values in state["history"].items()}
@@ -282,7 +284,7 @@ class Task(pl.LightningModule):
             self.schedule.load_state_dict(state["schedule"])
         if self.trainer.is_global_zero:  # the sums of all ranks go on in the first
             *sums, n = state["train_sums"].tolist()
-            self.sums["train"].copy_(torch.tensor(sums))
+            self.sums["train"] = self.sums["train"].new_tensor(sums)
             self.n_cells["train"] = int(n)
 
 
