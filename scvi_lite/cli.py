@@ -61,6 +61,13 @@ def errors_in_one_line(debug: bool) -> Iterator[None]:
         raise typer.Exit(2 if isinstance(error, WrongCall) else 1) from None
 
 
+def exit_if(interrupted: bool) -> None:
+    """Leave with the code of an interrupt, if there was one."""
+    if interrupted:
+        typer.echo("scvi-lite: interrupted; the model was saved as trained so far.", err=True)
+        raise typer.Exit(INTERRUPTED)
+
+
 def show_version(wanted: bool) -> None:
     """Print the version and stop, for ``--version``."""
     if wanted:
@@ -132,9 +139,7 @@ def train(
         if metrics is not None:
             losses = ", ".join(f"{name} {metrics[name]:.2f}" for name in metrics if name.startswith("elbo_"))
             typer.echo(f"{metrics['epochs']} epochs, {losses or 'no loss'}; wrote {OUT_FILES} to {out}")
-        if interrupted:
-            typer.echo("scvi-lite: interrupted; the model was saved as trained so far.", err=True)
-            raise typer.Exit(INTERRUPTED)
+        exit_if(interrupted)
 
 
 @app.command()
@@ -159,7 +164,7 @@ def info(
 @app.command()
 def demo(
     out: Out = Path("demo_output"),
-    max_epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the data.")] = None,
+    max_epochs: Annotated[int, typer.Option(min=1, help="Passes over the data.")] = 200,
     seed: Annotated[int, typer.Option(help="The same seed gives the same model.")] = 0,
     debug: Debug = False,
 ) -> None:
@@ -167,7 +172,7 @@ def demo(
     with errors_in_one_line(debug):
         from scvi_lite.demo import run
 
-        run(out, max_epochs, seed)
+        exit_if(run(out, max_epochs, seed))
 
 
 def check_model_name(name: str) -> None:
