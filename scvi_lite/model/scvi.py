@@ -7,6 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from scvi_lite.analysis import (
+    abundance,
+    differential,
+    expression,
+    importance,
+    latent,
+    likelihood,
+    minify,
+    predictive,
+)
 from scvi_lite.data.batch import Batch
 from scvi_lite.data.fields import Categorical, Categoricals, Continuous, Continuouses, Field, Matrix
 from scvi_lite.model.base import Model
@@ -81,6 +91,23 @@ class SCVI(Model):
     >>> model.get_latent_representation().shape
     (100, 5)
     """
+
+    get_latent_representation = latent.get_latent_representation
+    get_latent_library_size = latent.get_latent_library_size
+    get_batch_representation = latent.get_batch_representation
+    get_aggregated_posterior = latent.get_aggregated_posterior
+    get_elbo = likelihood.get_elbo
+    get_reconstruction_error = likelihood.get_reconstruction_error
+    get_marginal_ll = likelihood.get_marginal_ll
+    get_normalized_expression = expression.get_normalized_expression
+    get_likelihood_parameters = predictive.get_likelihood_parameters
+    posterior_predictive_sample = predictive.posterior_predictive_sample
+    get_feature_correlation_matrix = predictive.get_feature_correlation_matrix
+    get_importance_weights = importance.get_importance_weights
+    differential_expression = differential.differential_expression
+    differential_abundance = abundance.differential_abundance
+    minify_adata = minify.minify_adata
+    minified_data_type = property(minify.minified)
 
     def __init__(
         self,

@@ -1,0 +1,242 @@
+"""Tests of a difference between two populations, from draws of the expression in each.
+
+``Vanilla`` asks which of the two is higher (Lopez et al. 2018, doi:10.1038/s41592-018-0229-2); ``Change`` asks whether
+the effect is larger than delta (Boyeau et al., bioRxiv 794289, 2019; PNAS 120, 2023, doi:10.1073/pnas.2209124120).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from scvi_lite.analysis.inputs import NUMBERS_AT_ONCE
+from scvi_lite.errors import unknown
+
+EPS = 1e-8
+SMALLEST_DELTA = 0.1
+NO_PSEUDOCOUNT = 1e-10
+
+Columns = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Draws of the expression in one population."""
+
+    value_sg: np.ndarray  #: (s, g)
+    silent_g: np.ndarray  #: (g,) genes that are not expressed there
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Which draws of one population are compared with which of the other, (pairs,) each; None for all in order."""
+
+    first: np.ndarray | None = None
+    second: np.ndarray | None = None
+
+    @classmethod
+    def make(cls, n: int, period: int, n_permuted: int | None = None, same_batches: bool = True) -> Pairs:
+        """Pair ``n`` draws of each population.
+
+        Parameters
+        ----------
+        n
+            Draws of each.
+        period
+            Batches that the first population is decoded as, in turn: draw i as from batch i modulo ``period``.
+        n_permuted
+            Make so many random pairs, instead of using each draw once.
+        same_batches
+            Both populations are decoded as from the same batches: pairs stay within a batch.
+
+        >>> pairs = Pairs.make(6, period=2, n_permuted=100)
+        >>> bool((pairs.first % 2 == pairs.second % 2).all())
+        True
+        """
+        if n_permuted is None:
+            return cls() if same_batches else cls(None, torch.randperm(n).numpy())
+        first, other = (torch.randint(n, (n_permuted,)).numpy() for _ in range(2))
+        return cls(first, other - other % period + first % period if same_batches else other)
+
+    def blocks(self, one: Draws, two: Draws) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Paired draws of a few genes at a time, (genes, pairs) each."""
+        n_pairs, n_genes = len(one.value_sg) if self.first is None else len(self.first), one.value_sg.shape[1]
+        step = max(1, NUMBERS_AT_ONCE // n_pairs)
+        for start in range(0, n_genes, step):
+            x1, x2 = (np.ascontiguousarray(draws.value_sg[:, start : start + step].T) for draws in (one, two))
+            yield x1 if self.first is None else x1[:, self.first], x2 if self.second is None else x2[:, self.second]
+
+
+@dataclass(frozen=True)
+class Vanilla:
+    """p(x1 > x2), and the log of its odds."""
+
+    sort_by: str = "bayes_factor"
+
+    def __call__(self, one: Draws, two: Draws, pairs: Pairs) -> Columns:
+        """Columns of the result, (g,) each."""
+        greater = [(x1 > x2).mean(1) for x1, x2 in pairs.blocks(one, two)]
+        p_g = np.concatenate(greater)
+        return {"proba_m1": p_g, "proba_m2": 1 - p_g, "bayes_factor": log_odds(p_g), **scales(one, two)}
+
+    def decide(self, columns: Columns) -> Columns:
+        """No genes are called: the odds of which is higher have no false discovery rate."""
+        return {}
+
+
+@dataclass(frozen=True)
+class Change:
+    """p(effect beyond delta), and how large the effect is.
+
+    Parameters
+    ----------
+    delta
+        Effects up to this do not count. None takes half the distance from 0 at which differential genes lie: the
+        means of the outer two of three Gaussians that are fitted to the genes' mean effects.
+    pseudocounts
+        Added to both before the ratio is taken. None takes the level that the model gives to genes that are not
+        expressed: the 90 % quantile of their mean, in the population where it is larger.
+    effect
+        Of two arrays; None is the log2 fold change.
+    region
+        Which effects count, instead of ``delta``.
+    test_mode
+        ``"three"``: the larger of p(effect > delta) and p(effect < -delta), so that a gene is up or down;
+        ``"two"``: their sum.
+    intervals
+        Levels of credible intervals to report.
+    fdr_targets
+        Expected share of false discoveries among the genes that are called.
+    """
+
+    delta: float | None = 0.25
+    pseudocounts: float | None = None
+    effect: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
+    region: Callable[[np.ndarray], np.ndarray] | None = None
+    test_mode: str = "three"
+    intervals: Sequence[float] = ()
+    fdr_targets: Sequence[float] = (0.05,)
+    sort_by: str = "proba_de"
+
+    def __post_init__(self) -> None:
+        if self.test_mode not in ("two", "three"):
+            raise ValueError(unknown("test_mode", self.test_mode, ["two", "three"]))
+        for name, value in {"delta": self.delta, "pseudocounts": self.pseudocounts}.items():
+            if value is not None and not value >= 0:
+                raise ValueError(f"{name}={value!r}: a number of at least 0, or None to estimate it, is needed.")
+        for name, levels in {"fdr_target": self.fdr_targets, "cred_interval_lvls": self.intervals}.items():
+            if any(not 0 < level < 1 for level in levels):
+                raise ValueError(f"{name}={list(levels)!r}: numbers between 0 and 1 are needed.")
+
+    def __call__(self, one: Draws, two: Draws, pairs: Pairs) -> Columns:
+        """Columns of the result, (g,) each."""
+        offset = estimate_pseudocounts(one, two) if self.pseudocounts is None else self.pseudocounts
+        added = np.float32(max(offset, NO_PSEUDOCOUNT))
+        effect = self.effect or (lambda x1, x2: np.log2(x1 + added) - np.log2(x2 + added))
+        levels = [q for level in self.intervals for q in ((1 - level) / 2, (1 + level) / 2)]
+        parts, p_parts = [], []
+        for x1, x2 in pairs.blocks(one, two):
+            effect_gs = effect(x1, x2)
+            parts.append(_summary(effect_gs, levels))
+            if self.delta is not None:
+                p_parts.append(self.probability(effect_gs, self.delta))
+        about = {name: np.concatenate([part[name] for part in parts], axis=-1) for name in parts[0]}
+        delta = self.delta
+        if delta is None:  # known only once all genes have been seen
+            delta = estimate_delta(about["lfc_mean"])
+            p_parts = [self.probability(effect(x1, x2), delta) for x1, x2 in pairs.blocks(one, two)]
+        p_g, quantiles = np.concatenate(p_parts), about.pop("quantiles")
+        result = {"proba_de": p_g, "proba_not_de": 1 - p_g, "bayes_factor": log_odds(p_g), **scales(one, two)}
+        result |= {"pseudocounts": np.float32(offset), "delta": float(delta), **about}
+        for i, level in enumerate(self.intervals):
+            result[f"lfc_confidence_interval_{level}_min"] = quantiles[2 * i]
+            result[f"lfc_confidence_interval_{level}_max"] = quantiles[2 * i + 1]
+        return result
+
+    def probability(self, effect_gs: np.ndarray, delta: float) -> np.ndarray:
+        """Share of the draws that count as a change, (g,)."""
+        if self.region is not None:
+            return self.region(effect_gs).mean(1)
+        up_g, down_g = (effect_gs > delta).mean(1), (effect_gs < -delta).mean(1)
+        return np.maximum(up_g, down_g) if self.test_mode == "three" else up_g + down_g
+
+    def decide(self, columns: Columns) -> Columns:
+        """Which genes are called at each target."""
+        return {f"is_de_fdr_{target}": called(columns["proba_de"], target) for target in self.fdr_targets}
+
+
+def _summary(effect_gs: np.ndarray, quantiles: Sequence[float]) -> dict[str, np.ndarray]:
+    return {
+        "lfc_mean": effect_gs.mean(1),
+        "lfc_median": np.median(effect_gs, axis=1),
+        "lfc_std": effect_gs.std(1),
+        "lfc_min": effect_gs.min(1),
+        "lfc_max": effect_gs.max(1),
+        "quantiles": np.quantile(effect_gs, quantiles, axis=1),
+    }
+
+
+def scales(one: Draws, two: Draws) -> Columns:
+    """Mean of the draws of each population, (g,)."""
+    return {f"scale{i}": draws.value_sg.mean(0) for i, draws in ((1, one), (2, two))}
+
+
+def log_odds(p_g: np.ndarray) -> np.ndarray:
+    """Log of p / (1 - p), finite at 0 and 1.
+
+    >>> log_odds(np.array([0.5, 1.0])).round(2)
+    array([ 0.  , 18.42])
+    """
+    return np.log(p_g + EPS) - np.log(1 - p_g + EPS)
+
+
+def called(p_g: np.ndarray, target: float) -> np.ndarray:
+    """The largest set of genes, by falling probability, with an expected share of false discoveries up to the target.
+
+    The expected share is the mean of 1 - p over the set (Newton et al. 2004, doi:10.1093/biostatistics/5.2.155).
+
+    >>> called(np.array([0.9, 0.99, 0.5]), 0.06)
+    array([ True,  True, False])
+    """
+    order = np.argsort(-p_g, kind="stable")
+    share = np.cumsum(1 - p_g[order]) / np.arange(1, len(p_g) + 1)
+    chosen = np.zeros(len(p_g), dtype=bool)
+    chosen[order[: np.searchsorted(share, target, side="right")]] = True
+    return chosen
+
+
+def estimate_pseudocounts(one: Draws, two: Draws) -> float:
+    """The level that genes which are not expressed are given; next to nothing where all are expressed."""
+    levels = [np.quantile(draws.value_sg.mean(0)[draws.silent_g], 0.9) for draws in (one, two) if draws.silent_g.any()]
+    return max([NO_PSEUDOCOUNT, *map(float, levels)])
+
+
+def estimate_delta(effect_g: np.ndarray) -> float:
+    """Half the distance from 0 at which differential genes lie, at least 0.1; see :class:`Change`."""
+    from sklearn.mixture import GaussianMixture
+
+    effect_g = np.asarray(effect_g, dtype=np.float64)
+    if len(effect_g) < 3 or np.ptp(effect_g) == 0:
+        return SMALLEST_DELTA
+    reach = np.quantile(np.abs(effect_g), 0.95)
+    fit = GaussianMixture(3, means_init=[[-reach], [0.0], [reach]], random_state=0).fit(effect_g[:, None])
+    low, _, high = np.sort(fit.means_[:, 0])
+    return max(SMALLEST_DELTA, (abs(low) + abs(high)) / 4)
+
+
+def make_test(mode: str, **options: Any) -> Vanilla | Change:
+    """The test of a mode.
+
+    Raises
+    ------
+    ValueError
+        If the mode or the value of an option does not exist.
+    """
+    if mode not in ("vanilla", "change"):
+        raise ValueError(unknown("mode", mode, ["vanilla", "change"]))
+    change = Change(**options)
+    return Vanilla() if mode == "vanilla" else change

@@ -1,0 +1,254 @@
+"""Expression as the model sees it: denoised, as if from another batch, or drawn anew (Lopez et al. 2018).
+
+doi:10.1038/s41592-018-0229-2
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scvi_lite.analysis.importance import draw_latent
+from scvi_lite.analysis.inputs import gene_positions, minibatch_size, whole_number
+from scvi_lite.errors import unknown
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from anndata import AnnData
+
+    from scvi_lite.data.batch import Batch
+    from scvi_lite.model.base import Model
+    from scvi_lite.nn.rates import Rates
+
+
+def get_normalized_expression(
+    model: Model,
+    adata: AnnData | None = None,
+    indices: Any = None,
+    transform_batch: Any = None,
+    gene_list: Sequence[str] | None = None,
+    library_size: float | str = 1,
+    n_samples: int = 1,
+    n_samples_overall: int | None = None,
+    weights: str | None = None,
+    batch_size: int | None = None,
+    return_mean: bool = True,
+    return_numpy: bool | None = None,
+    silent: bool = True,
+    importance_weighting_kwargs: Mapping[str, Any] | None = None,
+) -> pd.DataFrame | np.ndarray:
+    """Denoised expression: what the decoder expects of each gene, for cells drawn from their posterior.
+
+    Parameters
+    ----------
+    adata
+        Cells to look at; the model's own by default.
+    indices
+        Row numbers, in any order, or a mask; all cells by default.
+    transform_batch
+        Decode as if from this batch: a name, a code, or a list to average over. By default each cell's own.
+    gene_list
+        Names of genes, which are given in this order; all by default.
+    library_size
+        Scale to this total; 1 gives proportions. ``"latent"`` is the library size of each cell.
+    n_samples
+        Draws from the posterior of each cell.
+    n_samples_overall
+        Draws from the cells as a whole, which are drawn at random with replacement. Instead of ``n_samples``.
+    weights
+        ``"uniform"``, or ``"importance"`` to weight the draws by how well they explain all the cells; this needs
+        ``n_samples_overall``.
+    batch_size
+        Cells in a minibatch.
+    return_mean
+        Average over ``n_samples``.
+    return_numpy
+        An array instead of a data frame. Results with a dimension of samples are arrays anyway.
+    silent
+        Show no progress.
+    importance_weighting_kwargs
+        Options of ``get_importance_weights``: ``max_cells``, ``truncation``, ``n_mc_samples``,
+        ``n_mc_samples_per_pass``.
+
+    Returns
+    -------
+    pandas.DataFrame or numpy.ndarray
+        float32: (n, g); (s, n, g) with ``return_mean=False`` and more than one sample; (s, g) with
+        ``n_samples_overall``.
+
+    Raises
+    ------
+    ValueError
+        If a gene or a batch is unknown (the nearest is named), or a number is out of range.
+    IndexError
+        If ``indices`` has rows that do not exist.
+
+    Examples
+    --------
+    >>> import scvi_lite
+    >>> adata = scvi_lite.data.synthetic_iid(batch_size=50, n_genes=20)
+    >>> scvi_lite.model.SCVI.setup_anndata(adata, batch_key="batch")
+    >>> model = scvi_lite.model.SCVI(adata)
+    >>> model.train(max_epochs=1, enable_progress_bar=False)
+    >>> model.get_normalized_expression(gene_list=["gene_7", "gene_1"], library_size=1e4).columns.tolist()
+    ['gene_7', 'gene_1']
+    """
+    genes = gene_positions(model, gene_list)
+    codes = model._batch_codes(transform_batch)
+    whole_number(n_samples=n_samples)
+    _check_library_size(library_size)
+    if weights not in (None, "uniform", "importance"):
+        raise ValueError(unknown("weights", weights, ["uniform", "importance"]))
+    if n_samples_overall is not None:
+        whole_number(n_samples_overall=n_samples_overall)
+        if n_samples > 1:
+            raise ValueError("n_samples and n_samples_overall are given; use one of them.")
+    elif weights == "importance":
+        raise ValueError("weights='importance' weights draws from many cells: give n_samples_overall, e.g. 5000.")
+    adata, rows = _cells(model, adata, indices)
+    model._warn_if_untrained()
+    if n_samples_overall is not None:
+        rows, z_sk = draw_latent(
+            model, adata, rows, n_samples_overall, weights or "uniform", importance_weighting_kwargs, batch_size
+        )
+        return decode_draws(model, adata, rows, z_sk, codes, genes, library_size, batch_size)
+    value = _per_cell(model, adata, rows, codes, genes, library_size, n_samples, batch_size, return_mean, silent)
+    if return_numpy or value.ndim == 3:
+        return value
+    return _frame(model, value, adata, rows, genes)
+
+
+def _per_cell(
+    model: Model,
+    adata: AnnData,
+    rows: np.ndarray,
+    codes: Sequence[int | None],
+    genes: np.ndarray | None,
+    library_size: float | str,
+    n_samples: int,
+    batch_size: int | None,
+    return_mean: bool,
+    silent: bool,
+) -> np.ndarray:
+    """Expected expression of each cell, (n, g) or (s, n, g)."""
+    n_genes = model.module.config.n_genes
+    several = n_samples > 1
+    shape = (len(rows), n_genes if genes is None else len(genes))
+    value = np.empty(shape if return_mean or not several else (n_samples, *shape), dtype=np.float32)
+    out = torch.from_numpy(value)
+    size = minibatch_size(batch_size, n_samples * n_genes)
+    for cells, batch in minibatches(model, adata, rows, size, silent):
+        q = model.module.encode(batch)
+        z = q.sample_z(n_samples if several else None)
+        library_n = log_library(model, batch, library_size)
+        mean = mean_over(codes, lambda code: expected(model, z, library_n, batch, code, genes))  # noqa: B023 (used at once)
+        out[..., cells, :] = mean.mean(0) if several and return_mean else mean
+    return value
+
+
+def decode_draws(
+    model: Model,
+    adata: AnnData,
+    rows: np.ndarray,
+    z_sk: Tensor,
+    codes: Sequence[int | None] = (None,),
+    genes: np.ndarray | None = None,
+    library_size: float | str = 1,
+    batch_size: int | None = None,
+    each_in_turn: bool = False,
+) -> np.ndarray:
+    """Expected expression at latent positions ``z_sk``, with the covariates of the cells in ``rows``: (s, g).
+
+    Averaged over the batches ``codes``; or with ``each_in_turn``, draw i is decoded as from batch ``codes[i % b]``.
+    """
+    value = np.empty((len(rows), model.module.config.n_genes if genes is None else len(genes)), dtype=np.float32)
+    out = torch.from_numpy(value)
+    size = minibatch_size(batch_size, model.module.config.n_genes)
+    for cells, batch in minibatches(model, adata, rows, size):
+        z_nk, library_n = z_sk[cells].to(model.device), log_library(model, batch, library_size)
+        if each_in_turn and None not in codes:
+            turn_n = torch.arange(cells.start, cells.stop, device=model.device) % len(codes)
+            batch = replace(batch, batch_n=torch.tensor(codes, device=model.device)[turn_n])
+            out[cells] = expected(model, z_nk, library_n, batch, None, genes)
+        else:
+            out[cells] = mean_over(codes, lambda code: expected(model, z_nk, library_n, batch, code, genes))  # noqa: B023
+    return value
+
+
+def expected(
+    model: Model, z: Tensor, log_library: Tensor | None, batch: Batch, code: int | None, genes: np.ndarray | None
+) -> Tensor:
+    """Expected expression (..., n, g) of a minibatch, decoded as from one batch; proportions if there is no library."""
+    batch = batch if code is None else batch.with_batch(code)
+    library_n = batch.total_n.new_zeros(batch.n_cells) if log_library is None else log_library
+    rates = select_genes(model.module.decode(z, library_n, batch), genes)
+    return rates.scale_ng if log_library is None and genes is None else rates.mu_ng
+
+
+def select_genes(rates: Rates, genes: np.ndarray | None) -> Rates:
+    """The rates of some of the genes. What the others take of the library is taken off it."""
+    if genes is None:
+        return rates
+    at = torch.from_numpy(genes).to(rates.logit_ng.device)
+    logit_ng, library_n = rates.logit_ng[..., at], rates.library_n
+    if rates.proportions:
+        library_n = library_n + logit_ng.logsumexp(-1) - rates.logit_ng.logsumexp(-1)
+    theta = None if rates.log_theta is None else rates.log_theta[..., at]
+    dropout = None if rates.dropout_ng is None else rates.dropout_ng[..., at]
+    return replace(rates, logit_ng=logit_ng, library_n=library_n, log_theta=theta, dropout_ng=dropout)
+
+
+def log_library(model: Model, batch: Batch, library_size: float | str) -> Tensor | None:
+    """Log of the library to decode with, (n,); None stands for a library of one."""
+    if library_size == "latent":
+        return model.module.library(batch, model.module.encode(batch))
+    return None if library_size == 1 else torch.full_like(batch.total_n, math.log(float(library_size)))
+
+
+def mean_over(codes: Sequence[int | None], value_of: Any) -> Tensor:
+    """The mean of ``value_of(code)`` over the codes, one at a time."""
+    total = value_of(codes[0])
+    for code in codes[1:]:
+        total += value_of(code)
+    return total if len(codes) == 1 else total / len(codes)
+
+
+def _check_library_size(library_size: float | str) -> None:
+    if isinstance(library_size, str) and library_size != "latent":
+        raise ValueError(unknown("library_size", library_size, ["latent"], "a positive number or 'latent'"))
+    if not isinstance(library_size, str) and not 0 < library_size < math.inf:
+        raise ValueError(f"library_size={library_size!r}: a positive number, or 'latent', is needed.")
+
+
+def _cells(model: Model, adata: AnnData | None, indices: Any) -> tuple[AnnData, np.ndarray]:
+    adata = model._check(adata)
+    return adata, model._rows(adata, indices)
+
+
+def minibatches(
+    model: Model, adata: AnnData, rows: np.ndarray, size: int, silent: bool = True
+) -> Iterator[tuple[slice, Batch]]:
+    """Minibatches, and where their cells are among the rows."""
+    from tqdm.auto import tqdm
+
+    start = 0
+    with tqdm(total=len(rows), disable=silent, unit="cell") as bar:
+        for batch in model._minibatches(adata, rows, size):
+            yield slice(start, start + batch.n_cells), batch
+            start += batch.n_cells
+            bar.update(batch.n_cells)
+
+
+def _frame(model: Model, value: np.ndarray, adata: AnnData, rows: np.ndarray, genes: np.ndarray | None) -> pd.DataFrame:
+    import pandas as pd
+
+    names = pd.Index(model.get_var_names())
+    return pd.DataFrame(
+        value, index=adata.obs_names[rows], columns=names if genes is None else names[genes], copy=False
+    )

@@ -1,0 +1,154 @@
+"""Which cells are compared with which, and the counts they have."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from scvi_lite.data.fields import obs_column
+from scvi_lite.errors import unknown
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from scvi_lite.model.base import Model
+
+REST = "Rest"
+PER_CELL = 1e4  # total of a cell in normalised counts
+BLOCK_OF_CELLS = 8192
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Rows of two populations, and what they are called where they come from a column of ``obs``."""
+
+    rows1: np.ndarray
+    rows2: np.ndarray
+    group1: str | None = None
+    group2: str | None = None
+
+    @property
+    def name(self) -> str | None:
+        return None if self.group1 is None else f"{self.group1} vs {self.group2}"
+
+
+def find_comparisons(
+    model: Model, adata: AnnData, groupby: str | None, group1: Any, group2: Any, idx1: Any, idx2: Any
+) -> list[Comparison]:
+    """The comparisons that a user asks for, see ``differential_expression``.
+
+    Raises
+    ------
+    KeyError
+        If ``groupby`` is not a column of ``adata.obs``.
+    ValueError
+        If a group does not exist or is empty, or nothing says what to compare.
+    IndexError
+        If a row does not exist.
+    """
+    if idx1 is not None:
+        rows1 = _select(model, adata, "idx1", idx1)
+        everything = np.arange(adata.n_obs)
+        rows2 = np.setdiff1d(everything, rows1) if idx2 is None else _select(model, adata, "idx2", idx2)
+        if len(rows2) == 0:
+            raise ValueError("idx1 has all cells, so that none are left to compare with. Give idx2, or a smaller idx1.")
+        return [Comparison(rows1, rows2)]
+    if idx2 is not None:
+        raise ValueError("idx2 is given without idx1. Give both, or idx1 alone to compare with all other cells.")
+    if groupby is None:
+        raise ValueError("Nothing says what to compare. Give groupby, a column of adata.obs, or idx1 and idx2.")
+    column = obs_column(adata, "groupby", groupby)
+    rows_of = {str(name): np.asarray(rows) for name, rows in _rows_by_value(column).items()}
+    if group1 is None:
+        chosen = [name for name in rows_of if group2 is None or name != str(group2)]
+    else:
+        chosen = [str(name) for name in ([group1] if isinstance(group1, str) or np.isscalar(group1) else group1)]
+    for argument, name in [("group1", name) for name in chosen] + [("group2", group2)] * (group2 is not None):
+        if str(name) not in rows_of:
+            raise ValueError(unknown(argument, name, rows_of, f"a group in adata.obs[{groupby!r}]", "Groups"))
+    if not chosen:
+        raise ValueError(f"group1={group1!r}: no group is named. Leave it out to compare each group with the rest.")
+    return [_against(name, group2, rows_of, groupby) for name in chosen]
+
+
+def _against(name: str, group2: Any, rows_of: dict[str, np.ndarray], groupby: str) -> Comparison:
+    if group2 is not None:
+        if name == str(group2):
+            raise ValueError(f"group1 and group2 are both {name!r}. Compare two groups, or leave out group2.")
+        return Comparison(rows_of[name], rows_of[str(group2)], name, str(group2))
+    others = [rows for other, rows in rows_of.items() if other != name]
+    if not others:
+        raise ValueError(f"groupby={groupby!r}: there is one group only, {name!r}, and nothing to compare it with.")
+    return Comparison(rows_of[name], np.sort(np.concatenate(others)), name, REST)
+
+
+def _rows_by_value(column: pd.Series) -> dict[Any, np.ndarray]:
+    """Rows of each value that occurs; cells without a value are in none."""
+    codes = column.astype("category").cat.remove_unused_categories().cat
+    return {name: np.flatnonzero(codes.codes == i) for i, name in enumerate(codes.categories)}
+
+
+def _select(model: Model, adata: AnnData, argument: str, selection: Any) -> np.ndarray:
+    """Rows by numbers, by a mask, or by a query of ``adata.obs``."""
+    if isinstance(selection, str):
+        try:
+            rows = adata.obs.reset_index(drop=True).query(selection).index.to_numpy()
+        except (SyntaxError, NameError, TypeError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"{argument}={selection!r} is not a query of adata.obs that pandas understands: {error}. "
+                "An example: \"cell_type == 'B'\"."
+            ) from None
+    else:
+        rows = model._rows(adata, selection)
+    if len(rows) == 0:
+        raise ValueError(f"{argument} selects no cells.")
+    return rows
+
+
+def count_statistics(matrix: Any, groups: Sequence[np.ndarray]) -> list[dict[str, np.ndarray]]:
+    """For each group of rows: mean count, share of cells with a count, and mean of counts normalised to 10,000 a cell.
+
+    One pass over the matrix, in blocks of rows, by sparse products with the groups' indicators.
+
+    Parameters
+    ----------
+    matrix
+        (n, g) sparse, dense or backed.
+    groups
+        Rows of each group.
+
+    Returns
+    -------
+    list
+        For each group a dictionary of (g,) arrays.
+
+    >>> count_statistics(np.array([[1.0, 0.0], [3.0, 1.0]]), [np.array([0, 1])])[0]["raw_mean"]
+    array([2. , 0.5], dtype=float32)
+    """
+    n_cells, n_genes = matrix.shape
+    row, group = np.concatenate(groups), np.repeat(np.arange(len(groups)), [len(rows) for rows in groups])
+    member_kn = sparse.csr_array((np.ones(len(row)), (group, row)), shape=(len(groups), n_cells)).tocsc()
+    matrix = matrix.tocsr() if sparse.issparse(matrix) else matrix
+    step = BLOCK_OF_CELLS if sparse.issparse(matrix) else max(1, (1 << 22) // n_genes)
+    sums = np.zeros((3, len(groups), n_genes))
+    for start in range(0, n_cells, step):
+        x_ng = sparse.csr_array(matrix[start : start + step], dtype=np.float64)
+        member = member_kn[:, start : start + step]
+        per_total = sparse.diags_array(PER_CELL / np.maximum(x_ng.sum(1), 1e-12))
+        for i, value in enumerate((x_ng, (x_ng != 0).astype(np.float64), per_total @ x_ng)):
+            sums[i] += (member @ value).toarray()
+    sums /= np.array([max(1, len(rows)) for rows in groups])[:, None]
+    mean, share, normalised = sums
+    return [
+        {
+            "raw_mean": mean[i].astype(np.float32),
+            "non_zeros_proportion": share[i],
+            "raw_normalized_mean": normalised[i].astype(np.float32),
+        }
+        for i in range(len(groups))
+    ]

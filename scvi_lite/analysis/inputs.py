@@ -1,0 +1,103 @@
+"""Arguments that several questions share: checked before any work is done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scvi_lite._settings import settings
+from scvi_lite.errors import listing, nearest
+
+if TYPE_CHECKING:
+    from scvi_lite.model.base import Model
+
+NUMBERS_AT_ONCE = 1 << 23  # size of the largest temporary array: 32 MiB in float32, which stays near the processor
+MAX_BATCH = 1024
+
+
+def whole_number(**numbers: Any) -> None:
+    """Refuse what is not a whole number of at least 1.
+
+    >>> whole_number(n_samples=3)
+    """
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+            raise ValueError(f"{name}={value!r}: a whole number of at least 1 is needed.")
+
+
+def gene_positions(model: Model, gene_list: Sequence[str] | None) -> np.ndarray | None:
+    """Positions of genes among the model's, in the order asked for; None for all genes.
+
+    Raises
+    ------
+    ValueError
+        If a name is unknown (the nearest known one is named), the list is empty, or it is a single string.
+    """
+    if gene_list is None:
+        return None
+    if isinstance(gene_list, str):
+        raise ValueError(f"gene_list={gene_list!r}: a list of names is needed. Write gene_list=[{gene_list!r}].")
+    names, wanted = model.get_var_names(), [str(gene) for gene in gene_list]
+    if not wanted:
+        raise ValueError("gene_list is empty. Name at least one gene, or leave it out for all of them.")
+    position_of = {name: i for i, name in enumerate(names)}
+    missing = [name for name in wanted if name not in position_of]
+    if missing:
+        guess = nearest(missing[0], names[:20_000])
+        hint = f" Did you mean {guess!r} for {missing[0]!r}?" if guess else ""
+        raise ValueError(
+            f"gene_list: {len(missing)} of {len(wanted)} names are not among the model's {len(names)} genes: "
+            f"{listing(missing)}.{hint} They are in model.get_var_names()."
+        )
+    return np.array([position_of[name] for name in wanted])
+
+
+def minibatch_size(batch_size: int | None, numbers_per_cell: int) -> int:
+    """Cells in a minibatch: as asked for, else as many as keep temporary arrays small.
+
+    >>> minibatch_size(None, 100), minibatch_size(None, 1 << 16), minibatch_size(7, 1 << 16)
+    (1024, 128, 7)
+    """
+    if batch_size is None:
+        batch_size = settings.batch_size
+    if batch_size is not None:
+        whole_number(batch_size=batch_size)
+        return batch_size
+    return max(1, min(MAX_BATCH, NUMBERS_AT_ONCE // max(1, numbers_per_cell)))
+
+
+def draw(rows: np.ndarray, n: int) -> np.ndarray:
+    """Draw ``n`` of the rows with replacement, from PyTorch's random state as everything else.
+
+    Raises
+    ------
+    ValueError
+        If there are no rows.
+    """
+    if len(rows) == 0:
+        raise ValueError("indices: no cells are left to sample from.")
+    return rows[torch.randint(len(rows), (n,)).numpy()]
+
+
+def needs_counts(model: Model, question: str) -> None:
+    """Refuse what the counts are needed for, where the data were minified without them.
+
+    Raises
+    ------
+    RuntimeError
+        With the way out.
+    """
+    if model.registry.fields["x"].get("minified"):
+        raise RuntimeError(
+            f"{question} needs counts, and the data of this model were minified without them. Load the model with the "
+            "full data, or minify with minified_data_type='latent_posterior_parameters_with_counts'."
+        )
+
+
+def to_numpy(parts: list[Tensor]) -> np.ndarray:
+    """Join what the minibatches gave, on the CPU."""
+    return torch.cat(parts).cpu().numpy()

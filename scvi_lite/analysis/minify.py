@@ -1,0 +1,126 @@
+"""Data that carry each cell's posterior instead of its counts: small enough to share, and enough to decode from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy import sparse
+
+from scvi_lite.analysis.inputs import to_numpy
+from scvi_lite.data.fields import Continuous, Embedding, Field
+from scvi_lite.data.registry import UNS_KEY
+from scvi_lite.errors import UnknownKeyError, unknown
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from scvi_lite.model.base import Model
+
+WITHOUT_COUNTS = "latent_posterior_parameters"
+WITH_COUNTS = "latent_posterior_parameters_with_counts"
+LIBRARY_KEY = "observed_lib_size"
+
+
+def minify_adata(
+    model: Model,
+    minified_data_type: str = WITHOUT_COUNTS,
+    use_latent_qzm_key: str = "X_latent_qzm",
+    use_latent_qzv_key: str = "X_latent_qzv",
+) -> None:
+    """Give the model a copy of its data that carries each cell's posterior, and no counts.
+
+    Latent space, expression and what else is decoded are then answered from the stored posterior. What needs counts
+    (likelihoods, importance weights, training) raises a RuntimeError. The AnnData that the model had is left as it is.
+
+    Parameters
+    ----------
+    minified_data_type
+        ``"latent_posterior_parameters"``: the copy has no counts, layers or ``raw``, and each cell's library size in
+        ``obs["observed_lib_size"]``. ``"latent_posterior_parameters_with_counts"``: it keeps everything.
+    use_latent_qzm_key, use_latent_qzv_key
+        Keys of ``obsm`` with the mean and the variance of the posterior. They are computed where both are absent.
+
+    Raises
+    ------
+    ValueError
+        If the type does not exist, what the keys hold does not fit, or the model infers library sizes.
+    KeyError
+        If one of the keys is there and the other is not.
+    RuntimeError
+        If counts are to be kept that an earlier call has dropped.
+
+    Examples
+    --------
+    >>> import scvi_lite
+    >>> adata = scvi_lite.data.synthetic_iid(batch_size=50, n_genes=20)
+    >>> scvi_lite.model.SCVI.setup_anndata(adata, batch_key="batch")
+    >>> model = scvi_lite.model.SCVI(adata)
+    >>> model.train(max_epochs=1, enable_progress_bar=False)
+    >>> model.minify_adata()
+    >>> model.adata.X.nnz, model.get_latent_representation().shape
+    (0, (100, 10))
+    """
+    if minified_data_type not in (WITHOUT_COUNTS, WITH_COUNTS):
+        raise ValueError(unknown("minified_data_type", minified_data_type, [WITHOUT_COUNTS, WITH_COUNTS]))
+    if model.module.config.latent_library:
+        raise ValueError(
+            "This model infers library sizes from counts, and cannot do without. Only models with "
+            "use_observed_lib_size=True or a size factor can be minified."
+        )
+    keep = minified_data_type == WITH_COUNTS
+    if keep and minified(model) == WITHOUT_COUNTS:
+        raise RuntimeError("The data of this model were minified without counts: there are none left to keep.")
+    model._warn_if_untrained()
+    loc_nk, variance_nk = _posterior(model, use_latent_qzm_key, use_latent_qzv_key)
+    adata = model.adata.copy() if keep else _without_counts(model.adata)
+    adata.obsm[use_latent_qzm_key], adata.obsm[use_latent_qzv_key] = loc_nk, variance_nk
+    fields = dict(model.registry.fields)
+    stored: list[Field] = [
+        Embedding("qz_loc_nk", "use_latent_qzm_key", use_latent_qzm_key),
+        Embedding("qz_scale_nk", "use_latent_qzv_key", use_latent_qzv_key, variance=True),
+    ]
+    if not keep:
+        adata.obs[LIBRARY_KEY] = to_numpy([batch.total_n for batch in model._minibatches()])
+        stored.append(Continuous("total_n", "the library size", LIBRARY_KEY))
+        fields["x"] = fields["x"] | {"layer": None, "minified": True}
+    fields |= {field.name: {"kind": field.kind, **field.register(adata)} for field in stored}
+    registry = replace(model.registry, fields=fields)
+    adata.uns[UNS_KEY] = dict(adata.uns.get(UNS_KEY, {})) | {registry.model_name: json.dumps(registry.to_dict())}
+    model.adata, model.registry = adata, registry
+
+
+def minified(model: Model) -> str | None:
+    """How the data of the model were minified; None if they were not."""
+    if "qz_loc_nk" not in model.registry.fields:
+        return None
+    return WITHOUT_COUNTS if model.registry.fields["x"].get("minified") else WITH_COUNTS
+
+
+def _posterior(model: Model, loc_key: str, variance_key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance of each cell's posterior: those in ``obsm``, else computed."""
+    obsm = model.adata.obsm
+    if (loc_key in obsm) != (variance_key in obsm):
+        argument, key = ("use_latent_qzv_key", variance_key) if loc_key in obsm else ("use_latent_qzm_key", loc_key)
+        raise UnknownKeyError(unknown(argument, key, obsm.keys(), "a key of adata.obsm", "Keys"))
+    if loc_key not in obsm:
+        posteriors = [model.module.encode(batch) for batch in model._minibatches()]
+        return to_numpy([q.z_loc_nk for q in posteriors]), to_numpy([q.z_scale_nk**2 for q in posteriors])
+    shape = (model.adata.n_obs, model.module.config.n_latent)
+    for key in (loc_key, variance_key):
+        if obsm[key].shape != shape:
+            raise ValueError(f"adata.obsm[{key!r}] has shape {obsm[key].shape}; {shape} is needed. Leave it out.")
+    if (np.asarray(obsm[variance_key]) <= 0).any():
+        raise ValueError(f"adata.obsm[{variance_key!r}] holds variances of zero or less. Leave it out.")
+    return np.asarray(obsm[loc_key], np.float32), np.asarray(obsm[variance_key], np.float32)
+
+
+def _without_counts(adata: AnnData) -> AnnData:
+    """A copy without counts, layers and ``raw``."""
+    from anndata import AnnData
+
+    kept = {name: dict(getattr(adata, name)) for name in ("uns", "obsm", "varm", "obsp", "varp")}
+    empty = sparse.csr_matrix(adata.shape, dtype=np.float32)
+    return AnnData(empty, obs=adata.obs.copy(), var=adata.var.copy(), **kept)

@@ -1,0 +1,249 @@
+"""Counts and expression drawn from the model's posterior predictive distribution."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scvi_lite.analysis.expression import minibatches, select_genes
+from scvi_lite.analysis.inputs import gene_positions, minibatch_size, whole_number
+from scvi_lite.errors import unknown
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from anndata import AnnData
+    from scipy import sparse
+
+    from scvi_lite.data.batch import Batch
+    from scvi_lite.model.base import Model
+    from scvi_lite.nn.rates import Rates
+
+
+def posterior_predictive_sample(
+    model: Model,
+    adata: AnnData | None = None,
+    indices: Any = None,
+    transform_batch: Any = None,
+    n_samples: int = 1,
+    gene_list: Sequence[str] | None = None,
+    batch_size: int | None = None,
+    silent: bool = True,
+) -> sparse.csr_array | sparse.coo_array:
+    """Draw new counts for cells: a latent position from the posterior of each, then counts from the likelihood.
+
+    Parameters
+    ----------
+    adata
+        Cells to look at; the model's own by default.
+    indices
+        Row numbers, in any order, or a mask; all cells by default.
+    transform_batch
+        Decode as if from this batch: a name, a code, or a list, of which each draw takes one at random. By default each
+        cell's own.
+    n_samples
+        Draws for each cell.
+    gene_list
+        Names of genes, which are given in this order; all by default.
+    batch_size
+        Cells in a minibatch.
+    silent
+        Show no progress.
+
+    Returns
+    -------
+    scipy.sparse.csr_array or scipy.sparse.coo_array
+        float32 counts, (n, g), or (n, g, s) with several draws; ``.todense()`` gives an array.
+
+    Raises
+    ------
+    ValueError
+        If a gene or a batch is unknown (the nearest is named), or ``n_samples`` is below 1.
+
+    Examples
+    --------
+    >>> import scvi_lite
+    >>> adata = scvi_lite.data.synthetic_iid(batch_size=50, n_genes=20)
+    >>> scvi_lite.model.SCVI.setup_anndata(adata, batch_key="batch")
+    >>> model = scvi_lite.model.SCVI(adata)
+    >>> model.train(max_epochs=1, enable_progress_bar=False)
+    >>> model.posterior_predictive_sample(n_samples=3, gene_list=["gene_7"]).shape
+    (100, 1, 3)
+    """
+    from scipy import sparse
+
+    genes = gene_positions(model, gene_list)
+    codes = model._batch_codes(transform_batch)
+    whole_number(n_samples=n_samples)
+    adata = model._check(adata)
+    rows = model._rows(adata, indices)
+    model._warn_if_untrained()
+    n_genes = model.module.config.n_genes
+    coordinates: list[Tensor] = []
+    values: list[Tensor] = []
+    for cells, batch in minibatches(model, adata, rows, minibatch_size(batch_size, n_genes), silent):
+        for s in range(n_samples):
+            code = codes[int(torch.randint(len(codes), ()))]
+            x_ng = select_genes(draw_rates(model, batch, code), genes).distribution().sample()
+            row_m, col_m = x_ng.nonzero(as_tuple=True)
+            values.append(x_ng[row_m, col_m].cpu())
+            coordinates.append(torch.stack([row_m + cells.start, col_m, torch.full_like(col_m, s)]).cpu())
+    shape = (len(rows), n_genes if genes is None else len(genes), n_samples)
+    row_m, col_m, sample_m = torch.cat(coordinates, 1).numpy()
+    value_m = torch.cat(values).float().numpy()
+    if n_samples == 1:
+        return sparse.csr_array((value_m, (row_m, col_m)), shape=shape[:2])
+    return sparse.coo_array((value_m, (row_m, col_m, sample_m)), shape=shape)
+
+
+def get_likelihood_parameters(
+    model: Model,
+    adata: AnnData | None = None,
+    indices: Any = None,
+    n_samples: int = 1,
+    give_mean: bool = False,
+    batch_size: int | None = None,
+) -> dict[str, np.ndarray]:
+    """Parameters of the likelihood of each cell's counts, for cells drawn from their posterior.
+
+    Parameters
+    ----------
+    adata, indices, batch_size
+        As in ``get_normalized_expression``.
+    n_samples
+        Draws from the posterior of each cell.
+    give_mean
+        Average over the draws.
+
+    Returns
+    -------
+    dict
+        ``"mean"`` of the counts (before dropout); ``"dispersions"``, the inverse dispersion of NB and ZINB or the
+        standard deviation of the normal; ``"dropout"`` of ZINB, a probability. Each (n, g) float32, or (s, n, g)
+        with several draws that are not averaged.
+
+    Raises
+    ------
+    ValueError
+        If ``n_samples`` is below 1.
+    """
+    whole_number(n_samples=n_samples)
+    adata = model._check(adata)
+    rows = model._rows(adata, indices)
+    model._warn_if_untrained()
+    several, n_genes = n_samples > 1, model.module.config.n_genes
+    shape = (len(rows), n_genes) if give_mean or not several else (n_samples, len(rows), n_genes)
+    values: dict[str, np.ndarray] = {}
+    size = minibatch_size(batch_size, n_samples * n_genes)
+    for cells, batch in minibatches(model, adata, rows, size):
+        q = model.module.encode(batch)
+        rates = model.module.decode(q.sample_z(n_samples if several else None), model.module.library(batch, q), batch)
+        parameters = {"mean": rates.mu_ng}
+        if rates.dropout_ng is not None:
+            parameters["dropout"] = rates.dropout_ng.sigmoid()
+        if rates.log_theta is not None:
+            parameters["dispersions"] = rates.log_theta.exp().expand_as(rates.mu_ng)
+        for name, value in parameters.items():
+            whole = values.setdefault(name, np.empty(shape, dtype=np.float32))
+            torch.from_numpy(whole)[..., cells, :] = value.mean(0) if give_mean and several else value
+    return values
+
+
+def get_feature_correlation_matrix(
+    model: Model,
+    adata: AnnData | None = None,
+    indices: Any = None,
+    n_samples: int = 10,
+    batch_size: int | None = None,
+    rna_size_factor: float = 1000,
+    transform_batch: Any = None,
+    correlation_type: str = "spearman",
+    silent: bool = True,
+) -> pd.DataFrame:
+    """Correlation of genes over cells, in expression drawn from the posterior: without the noise of counting.
+
+    Each draw takes a latent position, decodes it with one library size for all cells, and draws the rate that NB and
+    ZINB give to each count, Gamma(shape theta, mean mu). The correlations of the draws are averaged.
+
+    Parameters
+    ----------
+    adata, indices, batch_size, silent
+        As in ``posterior_predictive_sample``.
+    n_samples
+        Draws. Each needs a matrix of cells × genes.
+    rna_size_factor
+        The library size of all cells.
+    transform_batch
+        Decode as if from this batch; correlations are averaged over several.
+    correlation_type
+        ``"spearman"`` or ``"pearson"``.
+
+    Returns
+    -------
+    pandas.DataFrame
+        (g, g) float64. NaN for a gene that does not vary.
+
+    Raises
+    ------
+    ValueError
+        If a batch or the type is unknown, a number out of range, or there are fewer than two cells.
+    """
+    import pandas as pd
+
+    if correlation_type not in ("spearman", "pearson"):
+        raise ValueError(unknown("correlation_type", correlation_type, ["spearman", "pearson"]))
+    codes = model._batch_codes(transform_batch)
+    whole_number(n_samples=n_samples)
+    if not rna_size_factor > 0:
+        raise ValueError(f"rna_size_factor={rna_size_factor!r}: a positive number is needed.")
+    adata = model._check(adata)
+    rows = model._rows(adata, indices)
+    if len(rows) < 2:
+        raise ValueError(f"indices: {len(rows)} cells were given; a correlation needs at least two.")
+    model._warn_if_untrained()
+    names, n_genes = model.get_var_names(), model.module.config.n_genes
+    total_gg = np.zeros((n_genes, n_genes))
+    rate = np.empty((len(rows), n_genes), dtype=np.float32)
+    for code in codes:
+        for _ in range(n_samples):
+            for cells, batch in minibatches(model, adata, rows, minibatch_size(batch_size, n_genes), silent):
+                library_n = torch.full_like(batch.total_n, float(rna_size_factor)).log()
+                rate[cells] = denoised(draw_rates(model, batch, code, library_n)).cpu().numpy()
+            total_gg += correlation(rate, correlation_type)
+    return pd.DataFrame(total_gg / (len(codes) * n_samples), index=names, columns=names)
+
+
+def draw_rates(model: Model, batch: Batch, code: int | None = None, library_n: Tensor | None = None) -> Rates:
+    """Decode one draw from the posterior of each cell, as from one batch; with a drawn library if none is given."""
+    q = model.module.encode(batch)
+    if library_n is None:
+        library_n = model.module.library(batch, q) if q.library_scale_n is None else q.sample_library()
+    return model.module.decode(q.sample_z(), library_n, batch if code is None else batch.with_batch(code))
+
+
+def denoised(rates: Rates) -> Tensor:
+    """Draw the rates behind the counts, (n, g): Gamma for NB and ZINB; the mean of other likelihoods."""
+    if rates.log_theta is None or rates.likelihood == "normal":
+        return rates.mu_ng
+    theta = rates.log_theta.exp().expand_as(rates.logit_ng)
+    return torch._standard_gamma(theta) * (rates.mu_ng / theta)
+
+
+def correlation(x_ng: np.ndarray, kind: str) -> np.ndarray:
+    """Spearman's or Pearson's correlation of the columns, (g, g) float64.
+
+    >>> correlation(np.array([[1.0, 3.0], [2.0, 2.0], [9.0, 1.0]]), "spearman")
+    array([[ 1., -1.],
+           [-1.,  1.]])
+    """
+    from scipy.stats import rankdata
+
+    if kind == "spearman":
+        x_ng = rankdata(x_ng, axis=0)
+    centred_ng = x_ng - x_ng.mean(0, dtype=np.float64)
+    with np.errstate(invalid="ignore"):  # a column without variance: 0 / 0
+        centred_ng /= np.sqrt((centred_ng**2).sum(0))
+    return centred_ng.T @ centred_ng
