@@ -53,7 +53,9 @@ class _SparseLinear(torch.autograd.Function):
         ctx.n_features = weight_gh.shape[0]
         if _share(counts) > SPARSE_FORWARD:
             return counts.x_ng @ weight_gh
-        return embedding_bag(col_m, weight_gh, start[:-1], mode="sum", per_sample_weights=value_m)
+        # Detached, or more is computed, for a gradient that comes another way.
+        table_gh = weight_gh.detach().contiguous()
+        return embedding_bag(col_m, table_gh, start[:-1], mode="sum", per_sample_weights=value_m)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
