@@ -154,7 +154,6 @@ def test_counts_can_be_mapped_summed_and_read_from_dense():
     assert x.start.tolist() == [0, 1, 1, 3]
     assert torch.equal(x.sum_rows(x.value_m), x_ng.sum(1))
     assert torch.equal(x.map(torch.log1p).x_ng, x_ng.log1p())
-    assert torch.equal(x.to(torch.device("meta")).start.new_empty(0, device="cpu"), torch.empty(0, dtype=torch.int64))
 
 
 def test_a_cell_without_counts_has_log_library_zero():
@@ -246,3 +245,16 @@ def test_reading_takes_few_bytes_for_each_non_zero():
     tracemalloc.stop()
     assert cells.n_bytes / matrix.nnz < 4
     assert peak / matrix.nnz < 16
+
+
+@pytest.mark.gpu
+def test_a_store_on_a_gpu_gathers_the_same():
+    x_ng = np.random.default_rng(0).poisson(0.3, (200, 40))
+    cells, _ = both(made(sp.csr_matrix(x_ng)))
+    on_gpu = cells.to("cuda")
+    for row_n in (torch.tensor([5, 199, 5, 0]), torch.tensor([], dtype=torch.int64), torch.randperm(200)):
+        batch, expected = on_gpu[row_n], cells[row_n]
+        assert on_gpu.device.type == batch.x.start.device.type == batch.x.value_m.device.type == "cuda"
+        assert torch.equal(batch.x.x_ng.cpu(), expected.x.x_ng)
+        assert torch.equal(batch.total_n.cpu(), expected.total_n)
+        assert torch.equal(batch.x.row_m.cpu(), expected.x.row_m)
