@@ -147,6 +147,25 @@ def test_a_share_of_a_store_keeps_the_numbers_of_its_cells():
         assert torch.equal(torch.cat([b.row_n for b in part.batches(3)]), row_n)
 
 
+@pytest.mark.parametrize("n", [0, 1, 7, 50])
+def test_rows_are_copied_in_blocks(n, monkeypatch):
+    monkeypatch.setattr(store, "ROWS", 7)
+    x_ng = np.random.default_rng(0).poisson(0.5, (30, 6))
+    row_n = torch.randint(30, (n,))
+    part = store.read_rows(x_ng).take(row_n)
+    assert len(part) == n
+    assert np.array_equal(part.gather(torch.arange(n)).x_ng.numpy(), x_ng[row_n.numpy()])
+
+
+def test_a_part_of_a_store_shares_its_memory_until_it_is_moved():
+    x_ng = np.random.default_rng(0).poisson(1, (30, 4))
+    cells, _ = both(made(x_ng))
+    part = cells.take(torch.tensor([1, 3]))
+    assert part.to("cpu") is part
+    assert part.x is cells.x
+    assert len(part.to("meta").x) == 2
+
+
 def test_counts_can_be_mapped_summed_and_read_from_dense():
     x_ng = torch.tensor([[0.0, 2.0], [0.0, 0.0], [3.0, 4.0]])
     x = Counts.from_dense(x_ng)

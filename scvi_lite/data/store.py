@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from scvi_lite.data.registry import Registry
 
+ROWS = 1024  # rows copied in one go
 WIDTHS = (torch.uint8, torch.int16, torch.int32, torch.float32)  # how counts are stored, narrowest first
 
 
@@ -77,8 +78,16 @@ class CompactCSR:
 
     def take(self, row_n: Tensor) -> CompactCSR:
         """Some of the rows, in the order asked for."""
-        start, _, position_m = self._find(row_n)
-        return replace(self, start=start, col=self.col[position_m], value=self.value[position_m])
+        length_n = self.start.diff()[row_n]
+        start = torch.cat([torch.zeros(1, dtype=torch.int64), length_n.cumsum(0)])
+        m = int(start[-1])
+        part = replace(self, start=start, col=self.col.new_empty(m), value=self.value.new_empty(m))
+        for rows in torch.arange(len(row_n)).split(ROWS):  # positions take more memory than what they point to
+            _, _, position_m = self._find(row_n[rows])
+            here = slice(int(start[rows[0]]), int(start[rows[-1] + 1])) if len(rows) else slice(0)
+            torch.index_select(self.col, 0, position_m, out=part.col[here])
+            torch.index_select(self.value, 0, position_m, out=part.value[here])
+        return part
 
     def gather(self, row_n: Tensor) -> Counts:
         """The counts of some rows as a minibatch reads them."""
@@ -106,9 +115,10 @@ class CellStore:
 
     x: CompactCSR
     cells: dict[str, Tensor]  #: by name of the Batch attribute, each with n rows
+    row_n: Tensor | None = None  #: which of these cells make up the store, in its order; None for all
 
     def __len__(self) -> int:
-        return len(self.x)
+        return len(self.x if self.row_n is None else self.row_n)
 
     @property
     def device(self) -> torch.device:
@@ -122,17 +132,23 @@ class CellStore:
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def __getitem__(self, row_n: Tensor) -> Batch:
+        row_n = row_n if self.row_n is None else self.row_n[row_n]
         on_device = row_n.to(self.device)
         cells = {name: values.index_select(0, on_device) for name, values in self.cells.items()}
         return Batch(x=self.x.gather(row_n), **cells)
 
     def take(self, row_n: Tensor) -> CellStore:
-        """A store of some of the cells; ``row_n`` of its batches still counts in the whole data set."""
-        return CellStore(self.x.take(row_n), {name: values[row_n] for name, values in self.cells.items()})
+        """A store of some of the cells, without a copy; ``row_n`` of its batches counts in the whole data set."""
+        return replace(self, row_n=row_n if self.row_n is None else self.row_n[row_n])
 
     def to(self, device: torch.device | str) -> CellStore:
-        """The same cells on a device."""
-        return CellStore(self.x.to(device), {name: values.to(device) for name, values in self.cells.items()})
+        """The same cells on a device; of a part of a store, only that part is copied there."""
+        if torch.device(device) == self.device:
+            return self
+        x, cells = self.x, self.cells
+        if self.row_n is not None:
+            x, cells = x.take(self.row_n), {name: values[self.row_n] for name, values in cells.items()}
+        return CellStore(x.to(device), {name: values.to(device) for name, values in cells.items()})
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """All cells in order."""
