@@ -16,7 +16,9 @@ from scvi_lite.data.disk import LazyStore
 from scvi_lite.data.registry import Registry
 from scvi_lite.data.sampler import SequentialSampler, TrainingSampler, shard
 from scvi_lite.data.store import CellStore
+from scvi_lite.errors import unknown
 
+SHUFFLES = ("shard", "all")
 VALIDATION_BATCH = 1024  # no gradients are kept, so minibatches can be larger than in training
 
 
@@ -51,6 +53,9 @@ class CellDataModule(pl.LightningDataModule):
         Decides the order of the cells.
     drop_last
         Leave out the cells of an epoch that do not fill a minibatch.
+    shuffle_over
+        ``"shard"``: each rank keeps one share of the training cells and shuffles it anew in each epoch; ``"all"``: the
+        training cells are dealt out anew in each epoch, so that each rank keeps all of them.
     source
         File and setup of a backed AnnData, for worker processes to open it again.
     """
@@ -62,29 +67,44 @@ class CellDataModule(pl.LightningDataModule):
         batch_size: int,
         seed: int,
         drop_last: bool = False,
+        shuffle_over: str = "shard",
         source: tuple[str, Registry] | None = None,
     ):
         super().__init__()
-        self.source = source
+        if shuffle_over not in SHUFFLES:
+            raise ValueError(unknown("shuffle_over", shuffle_over, SHUFFLES))
+        self.source, self.shuffle_over = source, shuffle_over
         self.store, self.split, self.batch_size = store, split, batch_size
         self.seed, self.drop_last = seed, drop_last
         self.skip_steps = 0
+
+    def check_size(self, n_devices: int) -> None:
+        """Refuse more devices than there are cells for.
+
+        Raises
+        ------
+        ValueError
+            If a device would get fewer than two training cells.
+        """
+        if len(self.split.train) < 2 * n_devices:
+            raise ValueError(
+                f"{len(self.split.train)} training cells are too few for {n_devices} device(s): each needs two or "
+                "more. " + ("Use fewer devices." if n_devices > 1 else "Give more cells, or a larger train_size.")
+            )
 
     def setup(self, stage: str) -> None:
         """Take this rank's rows. Rank 0 decides the split and the seed for all."""
         trainer = self.trainer
         self.split, self.seed = trainer.strategy.broadcast((self.split, self.seed))
         rank, world = trainer.global_rank, trainer.world_size
-        if len(self.split.train) < 2 * world:
-            raise ValueError(
-                f"{len(self.split.train)} training cells are too few for {world} device(s): each needs two or more. "
-                + ("Use fewer devices." if world > 1 else "Give more cells, or a larger train_size.")
-            )
-        self.shards = {
-            part: self.store.take(shard(torch.from_numpy(rows), rank, world))
-            for part, rows in (("train", self.split.train), ("validation", self.split.validation))
+        self.check_size(world)
+        train, validation = torch.from_numpy(self.split.train), torch.from_numpy(self.split.validation)
+        rows = {
+            "train": train if self.shuffle_over == "all" else shard(train, rank, world),
+            "validation": shard(validation, rank, world),
         }
-        self.shards = {part: store.to(trainer.strategy.root_device) for part, store in self.shards.items()}
+        device = trainer.strategy.root_device
+        self.shards = {part: self.store.take(row_n).to(device) for part, row_n in rows.items()}
 
     def teardown(self, stage: str) -> None:
         """Free the device's memory."""
@@ -98,6 +118,7 @@ class CellDataModule(pl.LightningDataModule):
             self.seed,
             n_fewest=len(self.split.train) // trainer.world_size,
             rank=trainer.global_rank,
+            deal_to=trainer.world_size if self.shuffle_over == "all" else 1,
             drop_last=self.drop_last,
         )
         sampler.skip = self.skip_steps

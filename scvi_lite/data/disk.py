@@ -54,11 +54,16 @@ class LazyStore:
         cells.setdefault("total_n", torch.from_numpy(row_sums(csr.indptr, csr.data)))
         return Batch(x=Counts.from_csr(csr), **cells)
 
+    @classmethod
+    def of(cls, matrix: Rows, cells: dict[str, Tensor], row_n: Tensor) -> LazyStore:
+        """From what a store is made of."""
+        store = object.__new__(cls)
+        store.matrix, store.cells, store.row_n = matrix, cells, row_n
+        return store
+
     def take(self, row_n: Tensor) -> LazyStore:
         """A store of some of the cells."""
-        part = object.__new__(LazyStore)
-        part.matrix, part.cells, part.row_n = self.matrix, self.cells, self.row_n[row_n]
-        return part
+        return self.of(self.matrix, self.cells, self.row_n[row_n])
 
     def to(self, device: torch.device | str) -> LazyStore:
         """The same store: minibatches are moved, the data are not."""

@@ -69,6 +69,8 @@ class TrainingSampler(Sampler[Tensor]):
         Decides the order, together with the epoch and the rank.
     n_fewest
         Rows of the rank that has the fewest, from which every rank counts its steps.
+    deal_to
+        Ranks that the rows are dealt out to, anew in each epoch; 1 where they are this rank's own.
     drop_last
         Leave out the rows that do not fill a minibatch; if there is less than one minibatch, it is kept.
 
@@ -91,11 +93,13 @@ class TrainingSampler(Sampler[Tensor]):
         *,
         n_fewest: int | None = None,
         rank: int = 0,
+        deal_to: int = 1,
         drop_last: bool = False,
     ):
         if batch_size < 2:
             raise ValueError(f"batch_size={batch_size!r}: training needs minibatches of at least 2 cells.")
-        self.n_rows, self.batch_size, self.seed, self.rank = n_rows, batch_size, seed, rank
+        self.n_rows, self.batch_size, self.seed = n_rows, batch_size, seed
+        self.rank, self.deal_to = rank, deal_to
         n_fewest = n_rows if n_fewest is None else n_fewest
         full, rest = divmod(n_fewest, batch_size)
         self.drop_last = drop_last and full > 0
@@ -111,9 +115,13 @@ class TrainingSampler(Sampler[Tensor]):
         return self.n_steps
 
     def __iter__(self) -> Iterator[Tensor]:
-        entropy = np.random.SeedSequence([self.seed % (1 << 64), self.epoch, self.rank])
-        generator = torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
+        # Ranks that deal out the same rows must shuffle them alike, ranks with rows of their own need not.
+        entropy = [self.seed % (1 << 64), self.epoch, 0 if self.deal_to > 1 else self.rank]
+        state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(state[0] >> 1))
         order = torch.randperm(self.n_rows, generator=generator)
+        if self.deal_to > 1:
+            order = shard(order, self.rank, self.deal_to)
         first, self.skip = self.skip, 0
         for step in range(first, self.n_steps):
             last = step == self.n_steps - 1 and not self.drop_last

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from scvi_lite.data.disk import LazyStore
+from scvi_lite.data.rows import Rows
 from scvi_lite.data.store import CellStore, CompactCSR
 
 if TYPE_CHECKING:
@@ -31,25 +32,32 @@ def write_store(store: CellStore | LazyStore, source: tuple[str, Registry] | Non
     folder
         Where to write. Files are read back by this session's workers only.
     """
+    tensors = {f"cells.{name}": values for name, values in store.cells.items()}
     if isinstance(store, LazyStore):
+        if source is None or not store.matrix.in_file:
+            raise ValueError(
+                "adata is a view of a backed file, which another process cannot open. Train on adata.to_memory(), or "
+                "write it to a file of its own with adata.copy(filename)."
+            )
         (folder / SOURCE).write_bytes(pickle.dumps(source))
-        return
-    tensors = {"x.start": store.x.start, "x.col": store.x.col, "x.value": store.x.value}
-    tensors |= {f"cells.{name}": values for name, values in store.cells.items()}
+        tensors["rows"] = store.row_n
+    else:
+        tensors |= {"x.start": store.x.start, "x.col": store.x.col, "x.value": store.x.value}
+        (folder / "n_features").write_text(str(store.x.n_features))
     for name, values in tensors.items():
         np.save(folder / f"{name}.npy", values.cpu().numpy())
-    (folder / "n_features").write_text(str(store.x.n_features))
 
 
 def read_store(folder: Path) -> CellStore | LazyStore:
     """The store that :func:`write_store` wrote; its tensors are read as they are used."""
+    cells = {path.stem.removeprefix("cells."): _map(path) for path in folder.glob("cells.*.npy")}
     if (folder / SOURCE).exists():
         import anndata
 
         filename, registry = pickle.loads((folder / SOURCE).read_bytes())
-        return LazyStore(anndata.read_h5ad(filename, backed="r"), registry)
+        matrix = registry.read(anndata.read_h5ad(filename, backed="r"), "x")
+        return LazyStore.of(Rows(matrix), cells, _map(folder / "rows.npy"))
     x: dict[str, Any] = {name: _map(folder / f"x.{name}.npy") for name in ("start", "col", "value")}
-    cells = {path.stem.removeprefix("cells."): _map(path) for path in folder.glob("cells.*.npy")}
     return CellStore(CompactCSR(**x, n_features=int((folder / "n_features").read_text())), cells)
 
 

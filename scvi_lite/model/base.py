@@ -201,7 +201,8 @@ class Model(ABC):
             ``early_stopping_warmup_epochs``.
         datasplitter_kwargs
             ``external_indexing``: a list of row numbers for training, validation and test, instead of a random split;
-            ``drop_last``: leave out the cells of an epoch that do not fill a minibatch.
+            ``drop_last``: leave out the cells of an epoch that do not fill a minibatch; ``shuffle_over``: with several
+            devices, ``"shard"`` (each keeps its own cells) or ``"all"`` (cells are dealt out anew in each epoch).
         plan_kwargs
             Optimiser, schedules and KL warm-up: see :class:`~scvi_lite.train.plan.Plan`.
         **trainer_kwargs
@@ -222,6 +223,7 @@ class Model(ABC):
         from scvi_lite.data.datamodule import CellDataModule
         from scvi_lite.train import options as asked
         from scvi_lite.train.fit import fit
+        from scvi_lite.train.strategies import workers_needed
         from scvi_lite.train.task import Task, TrainingDivergedError
 
         self._check_can_train()
@@ -234,7 +236,9 @@ class Model(ABC):
         batch_size = (settings.batch_size or 128) if batch_size is None else batch_size
         asked.check_whole("batch_size", batch_size)
         splitting = asked.heed(datasplitter_kwargs or {})
-        check_options("datasplitter_kwargs", splitting, ["external_indexing", "drop_last"])
+        check_options("datasplitter_kwargs", splitting, ["external_indexing", "drop_last", "shuffle_over"])
+        options |= {"max_epochs": max_epochs, "accelerator": accelerator, "devices": devices, "strategy": strategy}
+        n_workers = workers_needed(options)
         start = self._start(
             options.get("ckpt_path"), splitting, train_size, validation_size, shuffle_set_split, batch_size
         )
@@ -250,12 +254,12 @@ class Model(ABC):
             batch_size,
             start.seed,
             splitting.get("drop_last", False),
+            splitting.get("shuffle_over", "shard"),
             source=(str(self.adata.filename), self.registry) if self.adata.isbacked else None,
         )
         data.skip_steps = start.skip_steps
-        options |= {"max_epochs": max_epochs, "accelerator": accelerator, "devices": devices, "strategy": strategy}
         try:
-            self.trainer, interrupted = fit(task, data, stopping, options)
+            self.trainer, interrupted = fit(task, data, stopping, options, n_workers)
         except TrainingDivergedError:
             task.go_back()
             raise

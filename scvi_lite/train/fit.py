@@ -10,7 +10,6 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 
 from scvi_lite.data.datamodule import CellDataModule
-from scvi_lite.train import strategies
 from scvi_lite.train.callbacks import StopFlag, StopTogether, WarmEarlyStopping, handle_interrupts
 from scvi_lite.train.checkpoint import AtomicCheckpointIO
 from scvi_lite.train.options import Stopping
@@ -22,10 +21,9 @@ from scvi_lite.train.task import Task
 
 
 def fit(
-    task: Task, data: CellDataModule, stopping: Stopping, options: dict[str, Any]
+    task: Task, data: CellDataModule, stopping: Stopping, options: dict[str, Any], n_workers: int = 0
 ) -> tuple[pl.Trainer | None, bool]:
     """Train, here or in worker processes; gives the trainer, if it was here, and whether the user interrupted."""
-    n_workers = strategies.workers_needed(options)
     if n_workers:
         from scvi_lite.train.launch import launch
 

@@ -9,7 +9,6 @@ history back. Nothing is left behind, so any number of models can be trained in 
 from __future__ import annotations
 
 import os
-import secrets
 import signal
 import socket
 import subprocess
@@ -17,8 +16,12 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, Listener, wait
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,13 +29,16 @@ from typing import Any
 import cloudpickle
 import torch
 
+import scvi_lite
 from scvi_lite.data.datamodule import CellDataModule
 from scvi_lite.data.shared import write_store
-from scvi_lite.train.strategies import as_list
+from scvi_lite.train.strategies import as_list, find_devices
 from scvi_lite.train.task import Task, TrainingDivergedError
 
-PATIENCE = 5.0  # seconds that workers get to end by themselves before they are killed
-CONNECT = 300.0  # seconds for all workers to start: importing PyTorch from a network disk can take minutes
+PATIENCE = 10.0  # seconds that workers get to end by themselves after their work
+AFTERMATH = 1.0  # seconds after a failure in which the one that caused it may still be heard of
+# What started this session may have left variables that would make a worker look for others than its own.
+FOREIGN = ("SLURM_", "TORCHELASTIC_", "ROLE_", "GROUP_", "OMPI_", "PMI_", "PMIX_", "LSB_", "JSM_", "PL_")
 
 
 class WorkerError(RuntimeError):
@@ -47,18 +53,32 @@ class Job:
     data: CellDataModule
     stopping: Any
     options: dict[str, Any]
-    n_workers: int
+    random_state: tuple[int, torch.Tensor]  #: seed and state of PyTorch's generator, for the first worker to go on from
 
 
 @dataclass
 class Outcome:
     """What the first worker hands back."""
 
-    history: dict[str, dict[int, float]]
+    task: dict[str, Any]  #: attributes of the task
     split: Any
+    seed: int  #: of PyTorch's generator, with which the session goes on
     interrupted: bool
-    callbacks: list[dict[str, Any]]
+    luggage: list[dict[str, Any]]  #: what callbacks and loggers hold
     diverged: str | None = None
+
+
+@dataclass
+class Failure:
+    """Why a worker ended, and when by the clock that all processes of a machine share."""
+
+    rank: int
+    when: float
+    error: Exception
+    trace: str = ""
+
+
+TRAVELS = ("epoch_history", "first_epoch", "latest", "steps", "good_steps")  # attributes of the task
 
 
 def launch(task: Task, data: CellDataModule, stopping: Any, options: dict[str, Any], n_workers: int) -> bool:
@@ -71,168 +91,223 @@ def launch(task: Task, data: CellDataModule, stopping: Any, options: dict[str, A
     Raises
     ------
     WorkerError
-        If a worker fails or dies; the others are ended and the model is as it was.
+        If a worker dies; the others are ended and the model is as it was. What a worker raises is raised here.
     TrainingDivergedError
         As everywhere; the task holds the last good weights.
     """
+    data.check_size(n_workers)
+    device = next(task.module.parameters()).device
     with tempfile.TemporaryDirectory(prefix="scvi_lite_") as name:
         folder = Path(name)
-        write_store(data.store, data.source, folder)
-        store, data.store = data.store, None
         try:
-            (folder / "job.pkl").write_bytes(cloudpickle.dumps(Job(task, data, stopping, options, n_workers)))
+            write_job(folder, task, data, stopping, options)
+            with Workers(folder, n_workers, options.get("enable_progress_bar", True)) as workers:
+                interrupted = workers.attend()
+            device = find_devices(options)[0]
         finally:
-            data.store = store
-        with Workers(folder, n_workers, options) as workers:
-            interrupted = workers.attend()
+            task.module.to(device)
         outcome: Outcome = cloudpickle.loads((folder / "outcome.pkl").read_bytes())
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-    task.module.load_state_dict({name: value.to(task.device) for name, value in state.items()})
+    task.module.load_state_dict(state)
     task.last_good = state
-    task.epoch_history = outcome.history
+    vars(task).update(outcome.task)
     data.split = outcome.split
-    for callback, callback_state in zip(as_list(options.get("callbacks")), outcome.callbacks, strict=True):
-        callback.load_state_dict(callback_state)
+    torch.manual_seed(outcome.seed)
+    for one, luggage in zip(travellers(options), outcome.luggage, strict=True):
+        unpack(one, luggage)
     if outcome.diverged is not None:
         raise TrainingDivergedError(outcome.diverged)
     return interrupted or outcome.interrupted
 
 
+def write_job(folder: Path, task: Task, data: CellDataModule, stopping: Any, options: dict[str, Any]) -> None:
+    """Write what the workers need: the cells as files to map into memory, and the rest, which is small."""
+    write_store(data.store, data.source, folder)
+    task.module.cpu()  # a worker has a device of its own
+    random_state = torch.initial_seed(), torch.get_rng_state()
+    store, data.store = data.store, None
+    try:
+        (folder / "job.pkl").write_bytes(cloudpickle.dumps(Job(task, data, stopping, options, random_state)))
+    finally:
+        data.store = store
+
+
+# Callbacks and loggers ------------------------------------------------------------------------------------------------
+
+
+def travellers(options: Mapping[str, Any]) -> list[Any]:
+    """The user's callbacks and loggers, which go to the workers and whose contents come back."""
+    return [one for name in ("callbacks", "logger") for one in as_list(options.get(name)) if not isinstance(one, bool)]
+
+
+def pack(one: Any) -> dict[str, Any]:
+    """The attributes that hold plain data: numbers, text, tensors, and lists and dictionaries of these."""
+    return {name: value for name, value in vars(one).items() if _is_plain(value)}
+
+
+def unpack(one: Any, luggage: dict[str, Any]) -> None:
+    """Give the object what its copy in the worker held."""
+    vars(one).update(luggage)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(_is_plain(part) for pair in value.items() for part in pair)
+    if isinstance(value, list | tuple | set):
+        return all(_is_plain(part) for part in value)
+    known = str | int | float | bytes | Path | torch.Tensor
+    return value is None or isinstance(value, known) or type(value).__module__ == "numpy"
+
+
+# Processes ------------------------------------------------------------------------------------------------------------
+
+
+def environment(n_workers: int) -> dict[str, str]:
+    """Variables of the worker processes; the one that starts each adds ``LOCAL_RANK``."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_WORLD_SIZE") and not k.startswith(FOREIGN)}
+    package = str(Path(scvi_lite.__file__).parents[1])
+    paths = [os.path.abspath(path) for path in sys.path if path]
+    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // n_workers))} | {
+        **kept,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": str(n_workers),
+        "NODE_RANK": "0",
+        # The session's paths, and the package from where the session has it, wherever it has gone since.
+        "PYTHONPATH": os.pathsep.join(paths if package in paths else [*paths, package]),
+    }
+
+
 class Workers:
     """The processes of one training, seen from the notebook."""
 
-    def __init__(self, folder: Path, n_workers: int, options: dict[str, Any]):
-        self.folder, self.n_workers = folder, n_workers
-        self.show_progress = options.get("enable_progress_bar", True)
+    def __init__(self, folder: Path, n_workers: int, show_progress: bool):
+        self.folder, self.n_workers, self.show_progress = folder, n_workers, show_progress
         self.processes: list[subprocess.Popen[bytes]] = []
         self.connections: dict[Connection, int] = {}
         self.interrupts = 0
 
     def __enter__(self) -> Workers:
-        key = secrets.token_bytes(16)
-        self.listener = Listener(authkey=key)
-        environment = os.environ | {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()),
-            "WORLD_SIZE": str(self.n_workers),
-            "NODE_RANK": "0",
-            "SCVI_LITE_KEY": key.hex(),
-            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-        }
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.n_workers)))
-        address = self.listener.address
-        command = [sys.executable, "-m", "scvi_lite.train.worker", str(self.folder), str(address)]
-        for rank in range(self.n_workers):
-            with open(self.folder / f"stderr_{rank}.txt", "wb") as errors:
-                process = subprocess.Popen(
-                    command,
-                    env=environment | {"LOCAL_RANK": str(rank)},
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=errors,
-                    start_new_session=True,  # an interrupt reaches the notebook only, which passes it on
-                )
-            self.processes.append(process)
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.listener.close()
-        for process in self.processes:
-            if process.poll() is None:
-                process.terminate()
-        deadline = time.monotonic() + PATIENCE
+    def __exit__(self, kind: Any, *error: object) -> None:
+        """Let those that are done end; end the others, with the processes that they started."""
+        deadline = time.monotonic() + (PATIENCE if kind is None else 0.0)
         for process in self.processes:
             try:
                 process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         for connection in self.connections:
             connection.close()
 
     def attend(self) -> bool:
-        """Show progress and pass on interrupts until all workers are done. Whether there was an interrupt."""
-        main = threading.current_thread() is threading.main_thread()
-        before = signal.signal(signal.SIGINT, self._interrupt) if main else None
-        try:
-            self._connect()
+        """Start the workers, show progress, pass on interrupts until all are done; whether there was an interrupt."""
+        with self._interruptible():
+            self._start()
             self._listen()
-        finally:
-            if main:
-                signal.signal(signal.SIGINT, before)
         return self.interrupts > 0
 
-    def _interrupt(self, signum: int, frame: FrameType | None) -> None:
-        self.interrupts += 1
-        if self.interrupts > 1:
-            raise KeyboardInterrupt
-        for connection, rank in self.connections.items():
-            if rank == 0:
-                connection.send("stop")
+    def _start(self) -> None:
+        variables = environment(self.n_workers)
+        for rank in range(self.n_workers):
+            here, there = Pipe()
+            command = [sys.executable, "-m", "scvi_lite.train.worker", str(self.folder), str(there.fileno())]
+            with open(self.folder / f"stderr_{rank}.txt", "wb") as errors:
+                process = subprocess.Popen(
+                    command,
+                    env=variables | {"LOCAL_RANK": str(rank)},
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL if rank else errors,
+                    stderr=errors,
+                    pass_fds=[there.fileno()],
+                    start_new_session=True,  # an interrupt reaches the notebook only, which passes it on
+                )
+            there.close()  # so that the connection ends with the worker
+            self.processes.append(process)
+            self.connections[here] = rank
 
-    def _connect(self) -> None:
-        """Wait for every worker to call, or for one to die."""
+    @contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """The first interrupt asks the workers to stop, the second ends them."""
 
-        def accept() -> None:
-            while len(self.connections) < self.n_workers:
-                try:
-                    connection = self.listener.accept()
-                    self.connections[connection] = connection.recv()
-                except (OSError, EOFError):  # closed because a worker died
-                    return
+        def on_signal(signum: int, frame: FrameType | None) -> None:
+            self.interrupts += 1
+            if self.interrupts > 1:
+                raise KeyboardInterrupt
 
-        thread = threading.Thread(target=accept, daemon=True)
-        thread.start()
-        deadline = time.monotonic() + CONNECT
-        while thread.is_alive():
-            thread.join(0.1)
-            self._raise_if_dead()
-            if time.monotonic() > deadline:
-                raise WorkerError(f"Not all {self.n_workers} workers started within {CONNECT:.0f} seconds.")
+        main = threading.current_thread() is threading.main_thread()  # only the main thread gets signals
+        before = signal.signal(signal.SIGINT, on_signal) if main else None
+        try:
+            yield
+        finally:
+            if main:
+                signal.signal(signal.SIGINT, before or signal.default_int_handler)
 
     def _listen(self) -> None:
+        """Until all are done, or a second after the first failure; of several the earliest is raised."""
         from scvi_lite.train.progress import choose_display
 
         bar = choose_display() if self.show_progress else None
-        done: set[int] = set()
+        talking, failures, told = dict(self.connections), [], False
+        deadline = float("inf")
         try:
-            while len(done) < self.n_workers:
-                for connection in wait(list(self.connections), timeout=0.5):
-                    rank = self.connections[connection]
-                    try:
-                        kind, content = connection.recv()
-                    except (EOFError, OSError):
-                        self._lost(connection, rank, done)
-                        continue
-                    if kind == "progress" and bar is not None:
-                        bar.show(*content)
-                    elif kind == "print":
-                        sys.stdout.write(content)
-                    elif kind == "error":
-                        raise content[0] from WorkerError(content[1])
-                    elif kind == "done":
-                        done.add(rank)
+            while talking and time.monotonic() < deadline:
+                if self.interrupts and not told:
+                    self._tell_first("stop")
+                    told = True
+                for connection in wait(list(talking), timeout=0.1):
+                    failure = self._hear(connection, talking, bar)
+                    if failure is not None:
+                        failures.append(failure)
+                        deadline = min(deadline, time.monotonic() + AFTERMATH)
         finally:
             if bar is not None:
                 bar.close()
+        if failures:
+            first = min(failures, key=lambda failure: failure.when)
+            raise first.error from (WorkerError(first.trace) if first.trace else None)
 
-    def _lost(self, connection: Connection, rank: int, done: set[int]) -> None:
-        """A worker hung up: fine if it was done."""
-        del self.connections[connection]
-        connection.close()
-        if rank not in done:
-            self.processes[rank].wait(PATIENCE)
-            self._raise_if_dead(rank)
+    def _hear(self, connection: Connection, talking: dict[Connection, int], bar: Any) -> Failure | None:
+        """One message of a worker; one that hangs up before it is done has failed."""
+        rank = talking[connection]
+        try:
+            kind, content = cloudpickle.loads(connection.recv_bytes())
+        except (EOFError, OSError):
+            del talking[connection]
+            return self._lost(rank)
+        if kind == "progress" and bar is not None:
+            bar.show(*content)
+        elif kind == "print":
+            sys.stdout.write(content)
+        elif kind == "warning":
+            warnings.warn_explicit(*content)
+        elif kind in ("done", "error"):
+            del talking[connection]
+        if kind != "error":
+            return None
+        when, error, trace = content
+        return Failure(rank, when, error, f"Worker {rank} of {self.n_workers}:\n{trace}")
 
-    def _raise_if_dead(self, rank: int | None = None) -> None:
-        ranks = range(self.n_workers) if rank is None else [rank]
-        for r in ranks:
-            code = self.processes[r].poll()
-            if code is not None:
-                how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-                likely = " (out of memory, perhaps)" if code == -signal.SIGKILL else ""
-                output = (self.folder / f"stderr_{r}.txt").read_text(errors="replace")[-4000:]
-                raise WorkerError(f"Worker {r} of {self.n_workers} {how}{likely}. What it said last:\n{output}")
+    def _lost(self, rank: int) -> Failure:
+        """A worker that died without a word: before any that complain of it."""
+        try:
+            code = self.processes[rank].wait(AFTERMATH)
+            how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+            how += " (out of memory, perhaps)" if code == -signal.SIGKILL else ""
+        except subprocess.TimeoutExpired:
+            how = "hung up"
+        output = (self.folder / f"stderr_{rank}.txt").read_text(errors="replace")[-4000:]
+        said = f" What it said last:\n{output}" if output.strip() else ""
+        return Failure(rank, 0.0, WorkerError(f"Worker {rank} of {self.n_workers} {how}.{said}"))
+
+    def _tell_first(self, word: str) -> None:
+        first = next(iter(self.connections))
+        try:
+            first.send(word)
+        except OSError:  # gone already, which is noticed elsewhere
+            return
 
 
 def free_port() -> int:
