@@ -186,8 +186,11 @@ def gamma_rise(x, theta):
     """lgamma(x + theta) - lgamma(theta), and the same of digamma: Stirling's series, taken 8 steps above theta."""
     high, end = theta + 8.0, theta + 8.0 + x
     gammas = x * math.log(high) + (end - 0.5) * math.log1p(x / high) - x
-    gammas += (1 / end - 1 / high) / 12 - (end**-3 - high**-3) / 360
-    digammas = math.log1p(x / high) - (1 / end - 1 / high) / 2 - (end**-2 - high**-2) / 12 + (end**-4 - high**-4) / 120
+    # Products, as a negative power of a NaN raises.
+    a, b = 1 / end, 1 / high
+    aa, bb = a * a, b * b
+    gammas += (a - b) / 12 - (aa * a - bb * b) / 360
+    digammas = math.log1p(x / high) - (a - b) / 2 - (aa - bb) / 12 + (aa * aa - bb * bb) / 120
     steps = 1.0
     for j in range(8):
         steps *= (theta + j) / (theta + j + x)
