@@ -235,7 +235,7 @@ class Model(ABC):
             max_epochs = heuristic_epochs(self.adata.n_obs)
         batch_size = (settings.batch_size or 128) if batch_size is None else batch_size
         asked.check_whole("batch_size", batch_size)
-        splitting = asked.heed(datasplitter_kwargs or {})
+        splitting = asked.without_needless(datasplitter_kwargs or {})
         check_options("datasplitter_kwargs", splitting, ["external_indexing", "drop_last", "shuffle_over"])
         options |= {"max_epochs": max_epochs, "accelerator": accelerator, "devices": devices, "strategy": strategy}
         n_workers = workers_needed(options)

@@ -65,6 +65,9 @@ class StopTogether(Callback):
         if trainer.world_size > 1 and trainer.num_nodes == 1:
             name = f"scvi_lite_stop_{secrets.token_hex(8)}"
             self.file = Path(trainer.strategy.broadcast(str(Path(tempfile.gettempdir()) / name)))
+        self.on_validation_end(trainer, pl_module)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.world_size == 1 and self.stop.requested:
             self._end(trainer)
 

@@ -79,20 +79,12 @@ def check_whole(name: str, value: Any, least: int = 1) -> None:
         raise ValueError(f"{name}={value!r}: a whole number of at least {least} is needed.")
 
 
-def heed(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options without those that have no use here, of which a warning says why.
-
-    Raises
-    ------
-    TypeError
-        If an option has another form here; the message says which.
-    """
+def without_needless(options: Mapping[str, Any], stacklevel: int = 3) -> dict[str, Any]:
+    """The options without those that have no use here, of which a warning says why."""
     for name in options:
         if name in NEEDLESS:
-            warnings.warn(f"{name} has no effect: {NEEDLESS[name]}.", UserWarning, stacklevel=4)
-        elif name in INSTEAD and options[name] is not None:
-            raise TypeError(f"train() has no option {name!r}: {INSTEAD[name]}.")
-    return {name: value for name, value in options.items() if name not in NEEDLESS and name not in INSTEAD}
+            warnings.warn(f"{name} has no effect: {NEEDLESS[name]}.", UserWarning, stacklevel=stacklevel)
+    return {name: value for name, value in options.items() if name not in NEEDLESS}
 
 
 def sort_options(options: Mapping[str, Any]) -> tuple[Stopping, dict[str, Any]]:
@@ -101,11 +93,14 @@ def sort_options(options: Mapping[str, Any]) -> tuple[Stopping, dict[str, Any]]:
     Raises
     ------
     TypeError
-        If an option is neither; the message names the nearest.
+        If an option is neither; the message names the nearest, or the form it has here.
     ValueError
         If the precision is too low for counts.
     """
-    options = heed(options)
+    options = without_needless(options, stacklevel=4)
+    for name in INSTEAD:
+        if options.pop(name, None) is not None:
+            raise TypeError(f"train() has no option {name!r}: {INSTEAD[name]}.")
     ours = [f.name for f in fields(Stopping)]
     theirs = list(inspect.signature(pl.Trainer).parameters)
     check_options("train()", options, [*ours, *theirs, "ckpt_path"])

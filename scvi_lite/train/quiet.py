@@ -15,6 +15,7 @@ NOISE = (
     ".*is supported for historical reasons but its usage is discouraged.*",
     ".*You're resuming from a checkpoint that ended before the epoch ended.*",
     r""".*Please add the following callbacks: \["ModelCheckpoint[^"]*"\]""",
+    ".*Total length of `list` across ranks is zero.*",
     ".*GPU available but not used.*",
     ".*isinstance.treespec, LeafSpec.. is deprecated.*",
 )
