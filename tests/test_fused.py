@@ -206,6 +206,19 @@ assert os.waitpid(child, 0)[1] == 0
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
+@FORM
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_nan_comes_out_as_nan(form, dtype):
+    """Training that diverges must see it in the loss, in the cell where it happened, not as an error from in here."""
+    counts, inputs, _ = draw(form, dtype=dtype, density=0.5)
+    counts.value_m += 0.5
+    for chosen, per_cell in enumerate([True, True, False, True][: len(inputs)]):
+        broken = [t.detach().clone() for t in inputs]
+        broken[chosen][1 if per_cell else slice(None)] = torch.nan
+        value_n = FORMS[form][0](counts, *broken)
+        assert value_n.isnan().tolist() == [not per_cell, True, *[not per_cell] * 3]
+
+
 def test_polynomials_of_the_kernels():
     x = np.r_[np.linspace(-87, 88, 4001), np.linspace(-1e-3, 1e-3, 101)].astype(np.float32)
     np.testing.assert_allclose([kernels.exp(v) for v in x], np.exp(x.astype(float)), rtol=3e-7)
