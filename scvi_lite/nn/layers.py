@@ -38,7 +38,8 @@ class CovariateLinear(nn.Module):
     def __init__(self, n_in: int, n_out: int, n_cats: Sequence[int] = (), bias: bool = True):
         super().__init__()
         bound = 1 / math.sqrt(n_in + sum(n_cats))
-        self.weight = nn.Parameter(torch.empty(n_out, n_in).uniform_(-bound, bound))
+        # Stored by input, so that the weights of the genes a cell expresses lie together: see sparse_linear.
+        self.weight = nn.Parameter(torch.empty(n_in, n_out).uniform_(-bound, bound).t())
         self.tables = nn.ParameterList([torch.empty(n, n_out).uniform_(-bound, bound) for n in n_cats])
         self.bias = nn.Parameter(torch.empty(n_out).uniform_(-bound, bound)) if bias else None
 
