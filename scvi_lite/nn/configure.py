@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scvi_lite.data.store import read_rows
 from scvi_lite.errors import check_options
@@ -35,9 +35,7 @@ def configure(registry: Registry, arguments: Mapping[str, Any]) -> VAEConfig:
     if (embedding := options.pop("batch_embedding_kwargs", None)) is not None:
         check_options("batch_embedding_kwargs", embedding, ["embedding_dim"])
         options["batch_embedding_dim"] = embedding.get("embedding_dim", 5)
-    names = {function: name for name, function in VARIANCE.items()}
-    activation = options.pop("var_activation", None)
-    options["var_activation"] = names.get(activation, activation or "exp")
+    options["var_activation"] = activation_name(options.pop("var_activation", None))
     known = [f.name for f in fields(VAEConfig) if f.name not in FROM_DATA]
     check_options("The model", options, [*known, "batch_embedding_kwargs"])
     return VAEConfig(
@@ -49,6 +47,17 @@ def configure(registry: Registry, arguments: Mapping[str, Any]) -> VAEConfig:
         use_size_factor="size_factor_n" in registry.fields,
         **options,
     )
+
+
+def activation_name(activation: Any) -> Any:
+    """The name of a variance activation that was given as a function or a module, or anything else as it is.
+
+    >>> activation_name(torch.nn.Softplus()), activation_name(torch.exp), activation_name(None)
+    ('softplus', 'exp', 'exp')
+    """
+    if isinstance(activation, nn.Softplus) and (activation.beta, activation.threshold) == (1, 20):
+        return "softplus"
+    return {None: "exp", **{function: name for name, function in VARIANCE.items()}}.get(activation, activation)
 
 
 def library_prior(adata: AnnData, registry: Registry) -> tuple[Tensor, Tensor]:

@@ -64,10 +64,9 @@ class Plan:
             raise ValueError(unknown("optimizer", self.optimizer, OPTIMIZERS))
         if (self.optimizer == "Custom") != (self.optimizer_creator is not None):
             raise ValueError("optimizer='Custom' and optimizer_creator belong together: give both, or neither.")
-        for name in ("lr", "eps"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)!r}: a positive number is needed.")
-        for name in ("weight_decay", "min_kl_weight", "max_kl_weight", "lr_patience", "lr_threshold", "lr_min"):
+        if not self.eps > 0:
+            raise ValueError(f"eps={self.eps!r}: a positive number is needed.")
+        for name in ("lr", "weight_decay", "min_kl_weight", "max_kl_weight", "lr_patience", "lr_threshold", "lr_min"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)!r}: a number of zero or more is needed.")
         if self.min_kl_weight > self.max_kl_weight:
