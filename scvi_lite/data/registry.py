@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from scvi_lite.data.fields import KINDS, Field
+from scvi_lite.data.fields import KINDS, Field, Matrix
+from scvi_lite.errors import listing
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -167,3 +168,17 @@ def check_anndata(adata: Any) -> None:
             f"adata.var_names repeats {len(repeated)} names, {repeated[0]!r} for one. "
             "Call adata.var_names_make_unique() first."
         )
+
+
+def describe_field(state: dict[str, Any]) -> list[tuple[str, str]]:
+    """Where a field is in the data and what it holds, a line each."""
+    if "columns" in state:
+        return [line for column in state["columns"] for line in describe_field(column)]
+    if state.get("kind") == Matrix.kind:
+        return [("X" if state.get("layer") is None else f"layers[{state['layer']!r}]", "counts")]
+    if state.get("key") is None:
+        return [("—", "one category")]
+    if "categories" in state:
+        categories = state["categories"]
+        return [(f"obs[{state['key']!r}]", f"{len(categories)} categories: {listing(categories)}")]
+    return [(f"{'obsm' if state.get('kind') == 'embedding' else 'obs'}[{state['key']!r}]", "numbers")]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from numbers import Real
 from typing import Any
 
@@ -139,3 +139,29 @@ class SequentialSampler(Sampler[Tensor]):
 
     def __iter__(self) -> Iterator[Tensor]:
         yield from torch.arange(self.n_rows).split(self.batch_size)
+
+
+def check_external(parts: Sequence[Any], n_cells: int) -> list[np.ndarray]:
+    """Row numbers for training, validation and test that a user gave.
+
+    Raises
+    ------
+    ValueError
+        If a row is out of range or in two parts, or there are none to train on.
+    """
+    rows = [np.zeros(0, np.int64) if part is None else np.asarray(part) for part in parts]
+    rows += [np.zeros(0, np.int64)] * (3 - len(rows))
+    rows = [np.flatnonzero(part) if part.dtype == bool else part.astype(np.int64) for part in rows]
+    joined = np.concatenate(rows)
+    if len(rows) > 3 or len(rows[0]) == 0:
+        raise ValueError(
+            "external_indexing: a list of up to three arrays of row numbers is needed: training (not empty), "
+            "validation, test."
+        )
+    if joined.min() < 0 or joined.max() >= n_cells:
+        raise ValueError(
+            f"external_indexing: rows {joined.min()} to {joined.max()} were given; there are {n_cells} cells."
+        )
+    if len(np.unique(joined)) < len(joined):
+        raise ValueError("external_indexing: a row is given twice; each cell is for training, validation or test.")
+    return rows

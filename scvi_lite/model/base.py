@@ -18,11 +18,13 @@ from scvi_lite._settings import settings
 from scvi_lite.data import registry as registries
 from scvi_lite.data.batch import Batch
 from scvi_lite.data.disk import LazyStore, load_for_training
-from scvi_lite.data.fields import Field, Matrix
-from scvi_lite.data.registry import Registry
-from scvi_lite.data.sampler import split_rows
-from scvi_lite.errors import check_options, listing, nearest, unknown
-from scvi_lite.train.plan import Plan, make_plan
+from scvi_lite.data.fields import Field
+from scvi_lite.data.genes import match_genes
+from scvi_lite.data.registry import Registry, describe_field
+from scvi_lite.data.sampler import check_external, split_rows
+from scvi_lite.errors import check_options, listing, unknown
+from scvi_lite.train.devices import choose_device
+from scvi_lite.train.plan import Plan, heuristic_epochs, make_plan
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -310,7 +312,9 @@ class Model(ABC):
     def _check_can_train(self) -> None:
         """Refuse what cannot be trained; models add to it."""
         if "qz_loc_nk" in self.registry.fields:
-            raise RuntimeError("The data of this model are minified: a model is trained with counts. Make it with the full data.")
+            raise RuntimeError(
+                "The data of this model are minified: a model is trained with counts. Make it with the full data."
+            )
 
     def _adopt(self, task: Task, data: CellDataModule) -> None:
         """Take over the history and the split of a training, however it ended."""
@@ -499,104 +503,6 @@ class Model(ABC):
         given = ", ".join(f"{name}={value!r}" for name, value in self._arguments.items())
         state = "trained" if self.is_trained else "not trained"
         return f"{type(self).__name__}({given}), {state}, on {self.adata.n_obs} cells × {self.adata.n_vars} features"
-
-
-def describe_field(state: dict[str, Any]) -> list[tuple[str, str]]:
-    """Where a field is in the data and what it holds, a line each."""
-    if "columns" in state:
-        return [line for column in state["columns"] for line in describe_field(column)]
-    if state.get("kind") == Matrix.kind:
-        return [("X" if state.get("layer") is None else f"layers[{state['layer']!r}]", "counts")]
-    if state.get("key") is None:
-        return [("—", "one category")]
-    if "categories" in state:
-        categories = state["categories"]
-        return [(f"obs[{state['key']!r}]", f"{len(categories)} categories: {listing(categories)}")]
-    return [(f"{'obsm' if state.get('kind') == 'embedding' else 'obs'}[{state['key']!r}]", "numbers")]
-
-
-def match_genes(adata: AnnData, var_names: Sequence[str]) -> AnnData:
-    """The data with the model's genes in the model's order; reordered, and said so, where they are not.
-
-    Raises
-    ------
-    ValueError
-        If genes are missing.
-    """
-    registries.check_anndata(adata)
-    here = adata.var_names.astype(str)
-    if len(here) == len(var_names) and np.array_equal(here, var_names):
-        return adata
-    position = here.get_indexer(var_names)
-    missing = [name for name, i in zip(var_names, position, strict=True) if i < 0]
-    if missing:
-        near = nearest(missing[0], here[:20_000])
-        hint = f" The nearest name to {missing[0]!r} is {near!r}." if near else ""
-        raise ValueError(
-            f"adata: {len(missing)} of the model's {len(var_names)} genes are not among adata.var_names: "
-            f"{listing(missing)}.{hint} Names must be those that the model was trained with."
-        )
-    what = ["are in another order than the model's"] if (np.diff(position) < 0).any() else []
-    if (surplus := len(here) - len(var_names)) > 0:
-        what.append(f"include {surplus} that the model does not know")
-    warnings.warn(
-        f"The genes of adata {' and '.join(what)}: a copy with the model's genes in its order is used.",
-        UserWarning,
-        stacklevel=4,
-    )
-    return (adata.to_memory() if adata.isbacked else adata)[:, position].copy()
-
-
-def heuristic_epochs(n_cells: int) -> int:
-    """Passes over the data when the user does not say: 400, and fewer above 20,000 cells.
-
-    >>> heuristic_epochs(1000), heuristic_epochs(80_000), heuristic_epochs(100_000_000)
-    (400, 100, 1)
-    """
-    return max(1, min(round(20_000 / n_cells * 400), 400))
-
-
-def check_external(parts: Sequence[Any], n_cells: int) -> list[np.ndarray]:
-    """Row numbers for training, validation and test that a user gave.
-
-    Raises
-    ------
-    ValueError
-        If a row is out of range or in two parts, or there are none to train on.
-    """
-    rows = [np.zeros(0, np.int64) if part is None else np.asarray(part) for part in parts]
-    rows += [np.zeros(0, np.int64)] * (3 - len(rows))
-    rows = [np.flatnonzero(part) if part.dtype == bool else part.astype(np.int64) for part in rows]
-    joined = np.concatenate(rows)
-    if len(rows) > 3 or len(rows[0]) == 0:
-        raise ValueError(
-            "external_indexing: a list of up to three arrays of row numbers is needed: training (not empty), "
-            "validation, test."
-        )
-    if joined.min() < 0 or joined.max() >= n_cells:
-        raise ValueError(
-            f"external_indexing: rows {joined.min()} to {joined.max()} were given; there are {n_cells} cells."
-        )
-    if len(np.unique(joined)) < len(joined):
-        raise ValueError("external_indexing: a row is given twice; each cell is for training, validation or test.")
-    return rows
-
-
-def choose_device(accelerator: str, device: int | str | torch.device) -> torch.device:
-    """The device that ``accelerator`` and ``device`` name.
-
-    >>> choose_device("cpu", "auto")
-    device(type='cpu')
-    """
-    if isinstance(device, torch.device) or (isinstance(device, str) and device != "auto"):
-        return torch.device(device)
-    number = "" if device == "auto" else f":{device}"
-    kinds = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if accelerator in ("auto", "gpu"):
-        accelerator = next(kind for kind, there in kinds.items() if there)
-    if accelerator not in kinds:
-        raise ValueError(unknown("accelerator", accelerator, ["auto", "gpu", *kinds]))
-    return torch.device(accelerator + (number if accelerator == "cuda" else ""))
 
 
 def _read_data(dir_path: str | Path, prefix: str, foreign: bool) -> AnnData:

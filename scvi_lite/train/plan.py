@@ -95,3 +95,12 @@ def make_plan(defaults: Plan, options: Mapping[str, Any] | None) -> Plan:
     """
     check_options("plan_kwargs", options or {}, [f.name for f in fields(Plan)])
     return replace(defaults, **(options or {}))
+
+
+def heuristic_epochs(n_cells: int) -> int:
+    """Passes over the data when the user does not say: 400, and fewer above 20,000 cells.
+
+    >>> heuristic_epochs(1000), heuristic_epochs(80_000), heuristic_epochs(100_000_000)
+    (400, 100, 1)
+    """
+    return max(1, min(round(20_000 / n_cells * 400), 400))
