@@ -515,6 +515,7 @@ def _read_data(dir_path: str | Path, prefix: str, foreign: bool) -> AnnData:
     path = (beside if beside.is_file() else None) if foreign else find_data(dir_path, prefix)
     if path is None:
         raise FileNotFoundError(
-            f"{dir_path} holds no {beside.name}: the model was saved without its data. Give them: load(..., adata=adata)."
+            f"{dir_path} holds no {beside.name}: the model was saved without its data. "
+            "Give them: load(..., adata=adata)."
         )
     return anndata.read_h5ad(path)
