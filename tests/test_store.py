@@ -175,6 +175,17 @@ def test_counts_can_be_mapped_summed_and_read_from_dense():
     assert torch.equal(x.map(torch.log1p).x_ng, x_ng.log1p())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_dense_matrix_of_every_type_and_with_gradients(dtype):
+    x_ng = torch.tensor([[0.0, 2.0], [0.0, 0.0], [3.0, 4.0]], dtype=dtype)
+    x = Counts.from_dense(x_ng)
+    assert x.x_ng.dtype == dtype
+    assert torch.equal(x.x_ng, x_ng)
+    x.value_m.requires_grad_()
+    x.x_ng.square().sum().backward()
+    assert x.value_m.grad.tolist() == [4.0, 6.0, 8.0]
+
+
 def test_a_cell_without_counts_has_log_library_zero():
     cells, _ = both(made(np.array([[0, 0], [3, 4]])))
     assert torch.allclose(cells[torch.arange(2)].library_n, torch.tensor([0.0, 1.9459101]))

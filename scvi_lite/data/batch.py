@@ -33,8 +33,14 @@ class Counts:
     @property
     def x_ng(self) -> Tensor:
         """The counts as a dense (n, g) matrix."""
-        x = self.value_m.new_zeros(self.n_cells * self.n_features)
-        return x.index_copy(0, self.row_m * self.n_features + self.col_m, self.value_m).view(-1, self.n_features)
+        plain = self.value_m.device.type == "cpu" and self.value_m.dtype in (torch.float32, torch.float64)
+        if plain and not (self.value_m.requires_grad or torch.compiler.is_compiling()):
+            from scvi_lite.data.kernels import fill_rows
+
+            return fill_rows(self.start, self.col_m, self.value_m, self.n_features)
+        x_ng = self.value_m.new_zeros(self.n_cells, self.n_features)
+        x_ng[self.row_m, self.col_m] = self.value_m
+        return x_ng
 
     def sum_rows(self, value_m: Tensor) -> Tensor:
         """Sum one number per non-zero over each cell: (m,) -> (n,)."""
