@@ -30,6 +30,8 @@ class Plan:
     ----------
     lr, weight_decay, eps, optimizer
         Of Adam or AdamW.
+    scale_lr
+        Multiply ``lr`` by the number of devices.
     optimizer_creator
         With ``optimizer="Custom"``: a function from the parameters to a ``torch.optim.Optimizer``.
     n_epochs_kl_warmup, n_steps_kl_warmup
@@ -44,6 +46,7 @@ class Plan:
     lr: float = 1e-3
     weight_decay: float = 1e-6
     eps: float = 0.01
+    scale_lr: bool = False
     optimizer: str = "Adam"
     optimizer_creator: Any = None
     n_epochs_kl_warmup: int | None = 400
@@ -64,6 +67,8 @@ class Plan:
             raise ValueError(unknown("optimizer", self.optimizer, OPTIMIZERS))
         if (self.optimizer == "Custom") != (self.optimizer_creator is not None):
             raise ValueError("optimizer='Custom' and optimizer_creator belong together: give both, or neither.")
+        if self.scale_lr and self.optimizer == "Custom":
+            raise ValueError("scale_lr=True: with optimizer='Custom', scale it in your optimizer_creator.")
         if not self.eps > 0:
             raise ValueError(f"eps={self.eps!r}: a positive number is needed.")
         for name in ("lr", "weight_decay", "min_kl_weight", "max_kl_weight", "lr_patience", "lr_threshold", "lr_min"):

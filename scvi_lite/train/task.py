@@ -240,7 +240,8 @@ class Task(pl.LightningModule):
             # Fused Adam unscales half-precision gradients itself, which rules out clipping them before.
             fused = self.trainer.precision != "16-mixed" and self.device.type in ("cpu", "cuda", "mps")
             kind = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[plan.optimizer]
-            optimizer = kind(parameters, lr=plan.lr, eps=plan.eps, weight_decay=plan.weight_decay, fused=fused)
+            lr = plan.lr * (self.trainer.world_size if plan.scale_lr else 1)
+            optimizer = kind(parameters, lr=lr, eps=plan.eps, weight_decay=plan.weight_decay, fused=fused)
         if plan.reduce_lr_on_plateau:
             self.schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
                 optimizer,
