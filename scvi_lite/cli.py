@@ -168,7 +168,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="The same seed gives the same model.")] = 0,
     debug: Debug = False,
 ) -> None:
-    """Train SCVI on 700 real blood cells and show what it learned; a minute or two on a laptop."""
+    """Train SCVI on 700 real blood cells and show what it learned."""
     with errors_in_one_line(debug):
         from scvi_lite.demo import run
 
