@@ -15,6 +15,7 @@ from scvi_lite.analysis.importance import subset
 from scvi_lite.analysis.inputs import whole_number
 from scvi_lite.analysis.latent import get_latent_representation, log_density, posterior_parameters
 from scvi_lite.data.fields import obs_column
+from scvi_lite.errors import UnknownKeyError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -61,9 +62,9 @@ def differential_abundance(
     Raises
     ------
     ValueError
-        If ``sample_key`` is not given, or a number is out of range.
+        If a number is out of range.
     KeyError
-        If ``sample_key`` is not a column.
+        If ``sample_key`` is not given, or not a column.
 
     Examples
     --------
@@ -78,7 +79,7 @@ def differential_abundance(
     import pandas as pd
 
     if sample_key is None:
-        raise ValueError("sample_key is needed: the column of adata.obs that names the sample of each cell.")
+        raise UnknownKeyError("sample_key is needed: the column of adata.obs that names the sample of each cell.")
     if num_cells_posterior is not None:
         whole_number(num_cells_posterior=num_cells_posterior)
     if dof is not None and not dof > 0:

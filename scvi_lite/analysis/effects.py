@@ -98,8 +98,8 @@ class Change:
         Effects up to this do not count. None takes half the distance from 0 at which differential genes lie: the
         means of the outer two of three Gaussians that are fitted to the genes' mean effects.
     pseudocounts
-        Added to both before the ratio is taken. None takes the level that the model gives to genes that are not
-        expressed: the 90 % quantile of their mean, in the population where it is larger.
+        Added to both before the ratio is taken. None takes it from genes that are not expressed in a population: the
+        90 % quantile of their largest draw, divided by the number of genes; the larger of the two populations'.
     effect
         Of two arrays; None is the log2 fold change.
     region
@@ -210,9 +210,13 @@ def called(p_g: np.ndarray, target: float) -> np.ndarray:
 
 
 def estimate_pseudocounts(one: Draws, two: Draws) -> float:
-    """The level that genes which are not expressed are given; next to nothing where all are expressed."""
-    levels = [np.quantile(draws.value_sg.mean(0)[draws.silent_g], 0.9) for draws in (one, two) if draws.silent_g.any()]
-    return max([NO_PSEUDOCOUNT, *map(float, levels)])
+    """What genes that are not expressed suggest, see :class:`Change`; next to nothing where all are expressed."""
+    levels = [
+        float(np.quantile(draws.value_sg.max(0)[draws.silent_g], 0.9)) / len(draws.silent_g)
+        for draws in (one, two)
+        if draws.silent_g.any()
+    ]
+    return max([NO_PSEUDOCOUNT, *levels])
 
 
 def estimate_delta(effect_g: np.ndarray) -> float:

@@ -29,8 +29,8 @@ class Comparison:
 
     rows1: np.ndarray
     rows2: np.ndarray
-    group1: str | None = None
-    group2: str | None = None
+    group1: Any = None
+    group2: Any = None
 
     @property
     def name(self) -> str | None:
@@ -63,7 +63,9 @@ def find_comparisons(
     if groupby is None:
         raise ValueError("Nothing says what to compare. Give groupby, a column of adata.obs, or idx1 and idx2.")
     column = obs_column(adata, "groupby", groupby)
-    rows_of = {str(name): np.asarray(rows) for name, rows in _rows_by_value(column).items()}
+    rows_by_value = _rows_by_value(column)
+    rows_of = {str(value): rows for value, rows in rows_by_value.items()}
+    values = {str(value): value for value in rows_by_value}
     if group1 is None:
         chosen = [name for name in rows_of if group2 is None or name != str(group2)]
     else:
@@ -73,18 +75,20 @@ def find_comparisons(
             raise ValueError(unknown(argument, name, rows_of, f"a group in adata.obs[{groupby!r}]", "Groups"))
     if not chosen:
         raise ValueError(f"group1={group1!r}: no group is named. Leave it out to compare each group with the rest.")
-    return [_against(name, group2, rows_of, groupby) for name in chosen]
+    return [_against(name, group2, rows_of, values, groupby) for name in chosen]
 
 
-def _against(name: str, group2: Any, rows_of: dict[str, np.ndarray], groupby: str) -> Comparison:
+def _against(
+    name: str, group2: Any, rows_of: dict[str, np.ndarray], values: dict[str, Any], groupby: str
+) -> Comparison:
     if group2 is not None:
         if name == str(group2):
             raise ValueError(f"group1 and group2 are both {name!r}. Compare two groups, or leave out group2.")
-        return Comparison(rows_of[name], rows_of[str(group2)], name, str(group2))
+        return Comparison(rows_of[name], rows_of[str(group2)], values[name], values[str(group2)])
     others = [rows for other, rows in rows_of.items() if other != name]
     if not others:
         raise ValueError(f"groupby={groupby!r}: there is one group only, {name!r}, and nothing to compare it with.")
-    return Comparison(rows_of[name], np.sort(np.concatenate(others)), name, REST)
+    return Comparison(rows_of[name], np.sort(np.concatenate(others)), values[name], REST)
 
 
 def _rows_by_value(column: pd.Series) -> dict[Any, np.ndarray]:

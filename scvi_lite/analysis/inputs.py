@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from scvi_lite._settings import settings
-from scvi_lite.errors import listing, nearest
+from scvi_lite.errors import StateError, listing, nearest
 
 if TYPE_CHECKING:
     from scvi_lite.model.base import Model
@@ -88,11 +88,11 @@ def needs_counts(model: Model, question: str) -> None:
 
     Raises
     ------
-    RuntimeError
+    StateError
         With the way out.
     """
     if model.registry.fields["x"].get("minified"):
-        raise RuntimeError(
+        raise StateError(
             f"{question} needs counts, and the data of this model were minified without them. Load the model with the "
             "full data, or minify with minified_data_type='latent_posterior_parameters_with_counts'."
         )

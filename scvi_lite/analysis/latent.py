@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from scvi_lite.analysis.inputs import NUMBERS_AT_ONCE, minibatch_size, to_numpy, whole_number
+from scvi_lite.errors import UnknownKeyError
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -136,11 +137,11 @@ def get_batch_representation(
 
     Raises
     ------
-    ValueError
+    KeyError
         If the model does not embed batches.
     """
     if model.module.config.batch_representation != "embedding":
-        raise ValueError(
+        raise UnknownKeyError(
             "This model codes batches as one-hot vectors and has no representation of them. "
             f"Make one that has: {type(model).__name__}(adata, batch_representation='embedding')."
         )

@@ -107,6 +107,7 @@ def get_marginal_ll(
     n_mc_samples: int = 1000,
     batch_size: int | None = None,
     return_mean: bool = True,
+    n_mc_samples_per_pass: int | None = None,
 ) -> Tensor:
     """Log-likelihood of each cell with the latent variables integrated out, in nats: higher is better.
 
@@ -119,6 +120,8 @@ def get_marginal_ll(
         As in ``get_elbo``.
     n_mc_samples
         Draws for each cell. They are made a few at a time, so their number costs time and not memory.
+    n_mc_samples_per_pass
+        How many at a time; by default as many as keep the memory small.
 
     Returns
     -------
@@ -128,16 +131,19 @@ def get_marginal_ll(
     Raises
     ------
     ValueError
-        If ``n_mc_samples`` is below 1.
+        If a number of draws is below 1.
     RuntimeError
         If the data were minified without counts.
     """
     model._warn_if_untrained()
     needs_counts(model, "get_marginal_ll")
-    whole_number(n_mc_samples=n_mc_samples)
+    whole_number(n_mc_samples=n_mc_samples, n_mc_samples_per_pass=n_mc_samples_per_pass or 1)
     if batch_size is None:
         batch_size = minibatch_size(None, min(n_mc_samples, 16) * model.module.config.n_genes)
-    evidence = [log_evidence(model, batch, n_mc_samples) for batch in model._minibatches(adata, indices, batch_size)]
+    evidence = [
+        log_evidence(model, batch, n_mc_samples, n_mc_samples_per_pass)
+        for batch in model._minibatches(adata, indices, batch_size)
+    ]
     return _join(evidence, return_mean)
 
 

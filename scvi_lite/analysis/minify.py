@@ -12,7 +12,7 @@ from scipy import sparse
 from scvi_lite.analysis.inputs import to_numpy
 from scvi_lite.data.fields import Continuous, Embedding, Field
 from scvi_lite.data.registry import UNS_KEY
-from scvi_lite.errors import UnknownKeyError, unknown
+from scvi_lite.errors import StateError, UnknownKeyError, unknown
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -72,7 +72,7 @@ def minify_adata(
         )
     keep = minified_data_type == WITH_COUNTS
     if keep and minified(model) == WITHOUT_COUNTS:
-        raise RuntimeError("The data of this model were minified without counts: there are none left to keep.")
+        raise StateError("The data of this model were minified without counts: there are none left to keep.")
     model._warn_if_untrained()
     loc_nk, variance_nk = _posterior(model, use_latent_qzm_key, use_latent_qzv_key)
     adata = model.adata.copy() if keep else _without_counts(model.adata)
