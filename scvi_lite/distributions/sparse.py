@@ -62,6 +62,7 @@ class _SparseLinear(torch.autograd.Function):
     def backward(ctx: Any, up_nh: Tensor) -> tuple[Tensor | None, ...]:
         start, row_m, col_m, value_m = ctx.saved_tensors
         counts = Counts(start, row_m, col_m, value_m, ctx.n_features)
+        up_nh = up_nh.to(value_m.dtype)  # under autocast, the product forward came in 16 bits
         if _share(counts) > SPARSE_BACKWARD:
             return *(None,) * 4, counts.x_ng.t() @ up_nh
         # Non-zeros by feature, so that a row of the gradient is written once. Narrow keys sort by radix.

@@ -236,7 +236,7 @@ class Model(ABC):
         elif "max_steps" not in options and "max_time" not in options:
             max_epochs = heuristic_epochs(self.adata.n_obs)
         batch_size = (settings.batch_size or 128) if batch_size is None else batch_size
-        asked.check_whole("batch_size", batch_size)
+        asked.check_whole("batch_size", batch_size, least=2)
         splitting = asked.without_needless(datasplitter_kwargs or {})
         check_options("datasplitter_kwargs", splitting, ["external_indexing", "drop_last", "shuffle_over"])
         options |= {"max_epochs": max_epochs, "accelerator": accelerator, "devices": devices, "strategy": strategy}
@@ -366,6 +366,8 @@ class Model(ABC):
     ) -> None:
         """Save the model to a folder: ``model.safetensors`` and ``model.json``.
 
+        With several ranks, all may call it: the first writes, and all go on when it is done.
+
         Parameters
         ----------
         dir_path
@@ -385,6 +387,7 @@ class Model(ABC):
             If the folder holds files and ``overwrite`` is False.
         """
         from scvi_lite.io.folder import write_folder
+        from scvi_lite.train.ranks import on_first_rank
 
         def write_data(folder: Path) -> None:
             self.adata.write_h5ad(folder / f"{prefix or ''}adata.h5ad", **anndata_write_kwargs)
@@ -394,12 +397,14 @@ class Model(ABC):
                 f"save() has no option {next(iter(anndata_write_kwargs))!r}; options of AnnData.write_h5ad go with "
                 "save_anndata=True."
             )
-        write_folder(
-            dir_path,
-            self._to_saved(),
-            prefix=prefix or "",
-            overwrite=overwrite,
-            write_data=write_data if save_anndata else None,
+        on_first_rank(
+            lambda: write_folder(
+                dir_path,
+                self._to_saved(),
+                prefix=prefix or "",
+                overwrite=overwrite,
+                write_data=write_data if save_anndata else None,
+            )
         )
 
     def _to_saved(self) -> SavedModel:
