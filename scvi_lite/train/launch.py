@@ -174,7 +174,7 @@ def environment(n_workers: int) -> dict[str, str]:
         "WORLD_SIZE": str(n_workers),
         "NODE_RANK": "0",
         # The session's paths, and the package from where the session has it, wherever it has gone since.
-        "PYTHONPATH": os.pathsep.join(paths if package in paths else [*paths, package]),
+        "PYTHONPATH": os.pathsep.join(paths if package in paths else [package, *paths]),
     }
 
 

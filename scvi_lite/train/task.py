@@ -179,7 +179,7 @@ class Task(pl.LightningModule):
         latest = self._of_this_epoch(["elbo_train", "elbo_validation"])
         self.latest |= {name.removeprefix("elbo_"): value for name, value in latest.items()}
         # Every rank logs the same number, so the mean that sync_dist takes is that number.
-        self.log_dict({k: torch.tensor(v) for k, v in metrics.items()}, sync_dist=self.trainer.world_size > 1)
+        self.log_dict({k: torch.tensor(v) for k, v in metrics.items()}, sync_dist=True)
 
     def _of_this_epoch(self, names: list[str]) -> dict[str, float]:
         """The metrics that were recorded in this epoch."""
