@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import logging
 import random
+import warnings
+from pathlib import Path
 from typing import Any
 
 from scvi_lite.errors import unknown
 
+NEEDLESS = {
+    "dl_num_workers": "cells are gathered on the device, without loader processes",
+    "dl_persistent_workers": "cells are gathered on the device, without loader processes",
+    "dl_pin_memory_gpu_training": "cells are gathered on the device",
+    "progress_bar_style": "the progress bar suits the place where it is shown",
+    "warnings_stacklevel": "warnings point to the line that caused them",
+    "jax_preallocate_gpu_memory": "there is no JAX here",
+}
 
 logger = logging.getLogger("scvi_lite")
 if not logger.handlers:
@@ -29,6 +39,10 @@ class Settings:
         Level of the package's log messages.
     num_threads
         Threads that PyTorch computes with.
+    logging_dir
+        Folder for the checkpoints and logs of trainings that name no ``default_root_dir``.
+
+    Settings that scvi-tools has and that have no use here may be set, which warns.
 
     Examples
     --------
@@ -38,7 +52,12 @@ class Settings:
     """
 
     def __init__(self) -> None:
-        self._values: dict[str, Any] = {"seed": None, "batch_size": None, "verbosity": logging.INFO}
+        self._values: dict[str, Any] = {
+            "seed": None,
+            "batch_size": None,
+            "verbosity": logging.INFO,
+            "logging_dir": "scvi_lite_runs",
+        }
 
     @property
     def seed(self) -> int | None:
@@ -87,7 +106,18 @@ class Settings:
 
         torch.set_num_threads(n)
 
+    @property
+    def logging_dir(self) -> Path:
+        return Path(self._values["logging_dir"])
+
+    @logging_dir.setter
+    def logging_dir(self, folder: str | Path) -> None:
+        self._values["logging_dir"] = str(folder)
+
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in NEEDLESS:
+            warnings.warn(f"settings.{name} has no effect: {NEEDLESS[name]}.", UserWarning, stacklevel=2)
+            return
         known = [k for k, v in vars(Settings).items() if isinstance(v, property)]
         if not name.startswith("_") and name not in known:
             raise AttributeError(unknown("settings", name, known, "a setting", "Settings"))

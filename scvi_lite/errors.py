@@ -15,6 +15,18 @@ class UnknownKeyError(KeyError, ValueError):
         return str(self.args[0])
 
 
+class StateError(RuntimeError, ValueError):
+    """What was asked cannot be done with this model or these data as they are."""
+
+
+class NameTakenError(FileExistsError, ValueError):
+    """Something is there already."""
+
+
+class NotThereError(FileNotFoundError, ValueError):
+    """A file that is needed is not there."""
+
+
 def nearest(name: object, options: Iterable[object]) -> str | None:
     """The option that looks most like ``name``, or None where none comes near; case does not count.
 

@@ -13,7 +13,7 @@ import torch
 
 from scvi_lite.analysis.importance import subset
 from scvi_lite.analysis.inputs import whole_number
-from scvi_lite.analysis.latent import get_latent_representation, log_density, posterior_parameters
+from scvi_lite.analysis.latent import log_density, posterior_parameters
 from scvi_lite.data.fields import obs_column
 from scvi_lite.errors import UnknownKeyError
 
@@ -35,7 +35,7 @@ def differential_abundance(
     num_cells_posterior: int | None = None,
     dof: float | None = None,
 ) -> pd.DataFrame:
-    """Log-density of each sample's cells at the position of each cell.
+    """Log-density of each sample's cells at the posterior mean of each cell.
 
     The difference of two columns tells how much more abundant cells like this one are in one sample than in the other.
 
@@ -87,8 +87,10 @@ def differential_abundance(
     adata = model._check(adata)
     written_to = adata if adata_sub is None else adata_sub
     samples = obs_column(adata, "sample_key", sample_key).astype("category").cat.remove_unused_categories().cat
-    z_nk = torch.from_numpy(get_latent_representation(model, written_to, batch_size=batch_size))
+    model._warn_if_untrained()
     loc_nk, scale_nk = posterior_parameters(model, adata, batch_size=batch_size)
+    at_nk = loc_nk if written_to is adata else posterior_parameters(model, written_to, batch_size=batch_size)[0]
+    z_nk = torch.from_numpy(at_nk)
     log_p: dict[str, np.ndarray] = {}
     for code, name in enumerate(samples.categories):
         rows = np.flatnonzero(samples.codes == code)

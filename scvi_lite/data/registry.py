@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from scvi_lite.data.fields import KINDS, Field, Matrix
-from scvi_lite.errors import listing
+from scvi_lite.errors import StateError, listing
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -127,18 +127,18 @@ def find(adata: AnnData, model_name: str) -> Registry:
 
     Raises
     ------
-    RuntimeError
+    StateError
         If there is none for this model, or genes were added or left out since.
     """
     setups = adata.uns.get(UNS_KEY, {})
     if model_name not in setups:
         other = f" It is set up for {', '.join(setups)}." if len(setups) else ""
-        raise RuntimeError(
+        raise StateError(
             f"This AnnData is not set up for {model_name}.{other} Call {model_name}.setup_anndata(adata, ...) first."
         )
     registry = Registry.from_dict(json.loads(setups[model_name]))
     if registry.n_features != adata.n_vars:
-        raise RuntimeError(
+        raise StateError(
             f"This AnnData was set up for {model_name} with {registry.n_features} genes and has {adata.n_vars} now. "
             f"Call {model_name}.setup_anndata(adata, ...) again."
         )

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scvi_lite.errors import listing
+from scvi_lite.errors import NameTakenError, NotThereError, listing
 from scvi_lite.io.atomic import locate, staging
 
 if TYPE_CHECKING:
@@ -90,9 +90,9 @@ def write_folder(
     """
     folder = _resolve(path, prefix)
     if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"path='{path}' is a file: a model is saved as a folder, give another name.")
+        raise NameTakenError(f"path='{path}' is a file: a model is saved as a folder, give another name.")
     if folder.is_dir() and not overwrite and any(folder.iterdir()):
-        raise FileExistsError(
+        raise NameTakenError(
             f"path='{path}' exists and holds {listing(sorted(os.listdir(folder)))}. Save with overwrite=True to "
             "replace the model in it (other files stay), or give another path."
         )
@@ -125,7 +125,7 @@ def read_folder(path: str | Path, prefix: str = "") -> SavedModel:
     info = read_info(path, prefix)
     file = locate(_resolve(path, prefix), f"{prefix}model", f"{prefix}{WEIGHTS}")
     if not file.is_file():
-        raise FileNotFoundError(
+        raise NotThereError(
             f"'{path}' holds {prefix}{INFO} but not its weights, {prefix}{WEIGHTS}: copy the whole folder."
         )
     weights = file.read_bytes()
@@ -158,7 +158,7 @@ def read_info(path: str | Path, prefix: str = "") -> dict[str, Any]:
     folder = _resolve(path, prefix)
     file = locate(folder, f"{prefix}model", f"{prefix}{INFO}")
     if not file.is_file():
-        raise FileNotFoundError(_not_a_model(path, folder, prefix))
+        raise NotThereError(_not_a_model(path, folder, prefix))
     try:
         info = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:  # not JSON, or not even text
@@ -188,7 +188,7 @@ def find_data(path: str | Path, prefix: str = "") -> Path | None:
         return None
     file = locate(_resolve(path, prefix), f"{prefix}model", Path(str(names[0])).name)
     if not file.is_file():
-        raise FileNotFoundError(f"{file}, saved with the model, is gone: restore it, or load with adata=.")
+        raise NotThereError(f"{file}, saved with the model, is gone: restore it, or load with adata=.")
     return file
 
 

@@ -43,7 +43,7 @@ def run(
     """Train in this process, one of several under a distributed strategy."""
     options = dict(options)
     ckpt_path = options.pop("ckpt_path", None)
-    root = options.setdefault("default_root_dir", "scvi_lite_runs")
+    root = options["default_root_dir"]
     theirs = as_list(options.pop("callbacks", None))
     callbacks = [*theirs, StopTogether(stop), *stopping_callbacks(stopping, Path(root), len(data.split.validation))]
     if any(isinstance(callback, Checkpoint) for callback in theirs):

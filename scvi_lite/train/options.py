@@ -10,8 +10,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 
+from scvi_lite._settings import settings
 from scvi_lite.errors import check_options, unknown
 from scvi_lite.train.plan import Plan, is_of_validation, metric_names
 from scvi_lite.train.strategies import as_list
@@ -106,6 +107,12 @@ def sort_options(options: Mapping[str, Any]) -> tuple[Stopping, dict[str, Any]]:
     check_options("train()", options, [*ours, *theirs, "ckpt_path"])
     by_steps = isinstance(options.get("val_check_interval"), int)
     given = {k: v for k, v in options.items() if v is not None or (by_steps and k == "check_val_every_n_epoch")}
+    given.setdefault("default_root_dir", settings.logging_dir)
+    callbacks = as_list(given.get("callbacks"))
+    if any(isinstance(callback, LearningRateMonitor) for callback in callbacks):
+        given["learning_rate_monitor"] = True
+        if not given.get("logger"):  # to which alone it would tell the learning rate
+            given["callbacks"] = [c for c in callbacks if not isinstance(c, LearningRateMonitor)]
     if given.get("precision") in HALF:
         raise ValueError(
             f"precision={given['precision']!r}: counts and their likelihood do not fit 16 bits. Give "

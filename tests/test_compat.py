@@ -1,0 +1,159 @@
+"""A notebook written for scvi-tools runs by changing its import."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import LearningRateMonitor
+
+import scvi_lite as scvi
+
+SILENT = {"accelerator": "cpu", "enable_progress_bar": False}
+
+
+def make_data(**options):
+    return scvi.data.synthetic_iid(batch_size=40, n_genes=15, n_proteins=0, n_regions=0, seed=0, **options)
+
+
+def make_model(train=True, **options):
+    adata = make_data()
+    scvi.model.SCVI.setup_anndata(adata, batch_key="batch", labels_key="labels")
+    model = scvi.model.SCVI(adata, n_hidden=16, n_latent=3, **options)
+    if train:
+        model.train(1, **SILENT)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+@pytest.fixture
+def kept_settings():
+    """The settings of the session, put back after the test."""
+    before = dict(scvi.settings._values)
+    yield scvi.settings
+    scvi.settings._values.update(before)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("dl_num_workers", 4),
+        ("dl_persistent_workers", True),
+        ("progress_bar_style", "rich"),
+        ("warnings_stacklevel", 3),
+    ],
+)
+def test_settings_without_a_use_here_say_so(name, value):
+    with pytest.warns(UserWarning, match=f"settings.{name} has no effect"):
+        setattr(scvi.settings, name, value)
+
+
+def test_settings_that_nobody_knows_are_refused():
+    with pytest.raises(AttributeError, match="Did you mean 'batch_size'"):
+        scvi.settings.batchsize = 64
+
+
+def test_checkpoints_go_to_the_logging_dir(tmp_path, kept_settings):
+    kept_settings.logging_dir = tmp_path / "logs"
+    make_model(train=False).train(1, enable_checkpointing=True, **SILENT)
+    assert (tmp_path / "logs" / "checkpoints" / "best.ckpt").is_file()
+
+
+def test_a_learning_rate_monitor_needs_no_logger():
+    model = make_model(train=False)
+    model.train(2, callbacks=[LearningRateMonitor()], **SILENT)
+    assert model.history["lr-Adam"]["lr-Adam"].tolist() == [1e-3, 1e-3]
+
+
+def test_a_learning_rate_of_zero_leaves_the_weights():
+    model = make_model(train=False)
+    before = {name: value.clone() for name, value in model.module.named_parameters()}
+    model.train(1, plan_kwargs={"lr": 0}, **SILENT)
+    assert all(torch.equal(value, before[name]) for name, value in model.module.named_parameters())
+
+
+@pytest.mark.parametrize("activation", [torch.nn.Softplus(), torch.nn.functional.softplus, "softplus"])
+def test_variance_activations_as_modules_functions_and_names(activation):
+    assert make_model(train=False, var_activation=activation).module.config.var_activation == "softplus"
+
+
+def test_another_softplus_is_refused():
+    with pytest.raises(ValueError, match="var_activation=Softplus"):
+        make_model(train=False, var_activation=torch.nn.Softplus(beta=2))
+
+
+def test_groups_keep_their_type(model):
+    model.adata.obs["number"] = np.arange(model.adata.n_obs) % 2
+    model.adata.obs["mask"] = model.adata.obs["number"] == 1
+    by_number = model.differential_expression(groupby="number", group1=0, silent=True)
+    assert (by_number["group1"] == 0).all() and (by_number["comparison"] == "0 vs Rest").all()
+    by_mask = model.differential_expression(groupby="mask", group1=True, group2=False, silent=True)
+    assert by_mask["group1"].all() and not by_mask["group2"].any()
+
+
+def test_marginal_likelihood_a_few_draws_at_a_time(model):
+    torch.manual_seed(0)
+    at_once = model.get_marginal_ll(n_mc_samples=200, return_mean=False)
+    torch.manual_seed(0)
+    in_turn = model.get_marginal_ll(n_mc_samples=200, n_mc_samples_per_pass=7, return_mean=False)
+    assert (at_once - in_turn).abs().mean() < 0.2  # nats; other draws of the same cells
+    with pytest.raises(ValueError, match="n_mc_samples_per_pass=-1"):
+        model.get_marginal_ll(n_mc_samples=2, n_mc_samples_per_pass=-1)
+
+
+def minified():
+    model = make_model()
+    model.adata.obsm["X_latent_qzm"], model.adata.obsm["X_latent_qzv"] = model.get_latent_representation(
+        return_dist=True
+    )
+    model.minify_adata()
+    return model
+
+
+ERRORS = {
+    "an unknown column": (KeyError, lambda model, path: scvi.model.SCVI.setup_anndata(make_data(), batch_key="donor")),
+    "an unknown layer": (ValueError, lambda model, path: scvi.model.SCVI.setup_anndata(make_data(), layer="counts")),
+    "no setup": (ValueError, lambda model, path: scvi.model.SCVI(make_data())),
+    "no sample key": (KeyError, lambda model, path: model.differential_abundance()),
+    "no embedding of batches": (KeyError, lambda model, path: model.get_batch_representation()),
+    "no counts": (ValueError, lambda model, path: minified().get_elbo()),
+    "a folder in use": (ValueError, lambda model, path: [model.save(path), model.save(path)]),
+    "no folder": (ValueError, lambda model, path: scvi.model.SCVI.load(path, adata=make_data())),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors_are_of_the_types_that_a_notebook_catches(name, model, tmp_path):
+    kind, call = ERRORS[name]
+    with pytest.raises(kind):
+        call(model, tmp_path / "model")
+
+
+def test_the_usual_course_of_a_notebook(tmp_path, kept_settings):
+    """Set up, train, ask, save, load, all without a warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kept_settings.seed = 0
+        adata = make_data()
+        adata.layers["counts"] = adata.X.copy()
+        scvi.model.SCVI.setup_anndata(adata, layer="counts", batch_key="batch", labels_key="labels")
+        model = scvi.model.SCVI(adata, n_layers=2, n_latent=3, gene_likelihood="nb")
+        model.train(max_epochs=2, check_val_every_n_epoch=1, early_stopping=True, plan_kwargs={"lr": 1e-3}, **SILENT)
+        adata.obsm["X_scVI"] = model.get_latent_representation()
+        adata.layers["scvi_normalized"] = model.get_normalized_expression(library_size=10e4)
+        de = model.differential_expression(groupby="labels", group1="label_1", group2="label_2", silent=True)
+        changes = model.differential_expression(
+            idx1="labels == 'label_1'", idx2=adata.obs["labels"] == "label_2", mode="change", silent=True
+        )
+        model.save(tmp_path / "scvi_model", overwrite=True, save_anndata=True)
+        loaded = scvi.model.SCVI.load(tmp_path / "scvi_model")
+    assert adata.obsm["X_scVI"].shape == (adata.n_obs, 3)
+    assert set(model.history) >= {"elbo_train", "elbo_validation", "reconstruction_loss_train", "train_loss"}
+    assert list(de.columns[:5]) == ["proba_m1", "proba_m2", "bayes_factor", "scale1", "scale2"]
+    assert {"lfc_mean", "proba_de", "is_de_fdr_0.05"} <= set(changes.columns)
+    assert set(de.index) == set(adata.var_names)
+    np.testing.assert_array_equal(loaded.get_latent_representation(), adata.obsm["X_scVI"])
