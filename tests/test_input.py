@@ -128,7 +128,7 @@ def test_keys_of_any_type(key):
 
 
 def test_every_field_at_once():
-    covariates = {"categorical_covariate_keys": ["plate", "fresh"], "continuous_covariate_keys": ["age"]}
+    covariates = {"categorical_covariate_keys": OBS.columns[2:4], "continuous_covariate_keys": ("age",)}
     model = trained(data(), labels_key="label", size_factor_key="size", **covariates)
     batch = next(model._minibatches(indices=[0, 59]))
     assert batch.cats_nc.tolist() == [[0, 1], [2, 0]]

@@ -18,7 +18,7 @@ from scvi_lite.analysis import (
     predictive,
 )
 from scvi_lite.data.batch import Batch
-from scvi_lite.data.fields import Categorical, Categoricals, Continuous, Continuouses, Field, Matrix
+from scvi_lite.data.fields import Categorical, Categoricals, Continuous, Continuouses, Field, Matrix, check_keys
 from scvi_lite.model.base import Model
 from scvi_lite.nn.configure import configure, library_prior
 from scvi_lite.nn.vae import CountVAE, Loss, kl_normal
@@ -189,7 +189,7 @@ class SCVI(Model):
                 batch_key=batch_key,
                 labels_key=labels_key,
                 size_factor_key=size_factor_key,
-                categorical_covariate_keys=list(categorical_covariate_keys or []),
-                continuous_covariate_keys=list(continuous_covariate_keys or []),
+                categorical_covariate_keys=check_keys("categorical_covariate_keys", categorical_covariate_keys),
+                continuous_covariate_keys=check_keys("continuous_covariate_keys", continuous_covariate_keys),
             ),
         )
