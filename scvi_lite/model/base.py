@@ -474,7 +474,7 @@ class Model(ABC):
     def _from_saved(cls, saved: SavedModel, adata: AnnData) -> Self:
         model = cls.__new__(cls)
         registry = Registry.from_dict(saved.registry)
-        adata = match_genes(adata, saved.var_names)
+        adata = match_genes(adata, list(saved.var_names))
         registry.check(adata)
         model._build(adata, registry, saved.arguments)
         missing, surplus = model.module.load_state_dict(saved.state, strict=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -120,13 +120,14 @@ class Hidden(nn.Module):
         )
 
     def forward(self, x: Tensor | Counts, codes: Sequence[Tensor] = (), dense_nd: Tensor | None = None) -> Tensor:
-        h = x
-        for i, block in enumerate(self.blocks):
-            h = block(h, codes if i == 0 or self.deeply_inject else (), dense_nd if i == 0 else None)
+        first, *others = self.blocks
+        h = first(x, codes, dense_nd)
+        for block in others:
+            h = block(h, codes if self.deeply_inject else ())
         return h
 
 
-VARIANCE = {"exp": torch.exp, "softplus": F.softplus}
+VARIANCE: dict[str, Callable[[Tensor], Tensor]] = {"exp": torch.exp, "softplus": F.softplus}
 
 
 class Encoder(nn.Module):
