@@ -169,15 +169,17 @@ def test_the_seed_decides_and_a_script_gives_the_same(adata):
     subprocess.run([sys.executable, "train.py", "script"], check=True, timeout=120)
     scvi_lite.settings.seed = 3
     try:
-        for i in range(2):
-            model = SCVI(adata, n_latent=2)
-            model.train(max_epochs=2, batch_size=16, **WORKERS)
-            script = SCVI.load(f"model_{i}_script", adata)
-            assert same(weights(model), weights(script))
-            pd.testing.assert_frame_equal(model.history["elbo_validation"], script.history["elbo_validation"])
-            assert np.array_equal(model.train_indices, script.train_indices)
+        models = []
+        for _ in range(2):
+            models.append(SCVI(adata, n_latent=2))
+            models[-1].train(max_epochs=2, batch_size=16, **WORKERS)
     finally:
         scvi_lite.settings.seed = None
+    for i, model in enumerate(models):
+        script = SCVI.load(f"model_{i}_script", adata)
+        assert same(weights(model), weights(script))
+        pd.testing.assert_frame_equal(model.history["elbo_validation"], script.history["elbo_validation"])
+        assert np.array_equal(model.train_indices, script.train_indices)
 
 
 class Noiseless(pl.Callback):

@@ -238,7 +238,10 @@ class Task(pl.LightningModule):
             optimizer = plan.optimizer_creator(parameters)
         else:
             # Fused Adam unscales half-precision gradients itself, which rules out clipping them before.
-            fused = self.trainer.precision != "16-mixed" and self.device.type in ("cpu", "cuda", "mps")
+            unscales = self.trainer.precision == "16-mixed" or (
+                self.trainer.precision == "bf16-mixed" and self.trainer.gradient_clip_val
+            )
+            fused = not unscales and self.device.type in ("cpu", "cuda", "mps")
             kind = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[plan.optimizer]
             lr = plan.lr * (self.trainer.world_size if plan.scale_lr else 1)
             optimizer = kind(parameters, lr=lr, eps=plan.eps, weight_decay=plan.weight_decay, fused=fused)
