@@ -237,6 +237,12 @@ def test_several_machines_are_refused_in_a_notebook(here, train, notebook):
         train(num_nodes=2, devices=2, accelerator="cpu")
 
 
+def test_a_strategy_that_brings_its_devices(here, train, notebook, said):
+    strategy = DDPStrategy(parallel_devices=[torch.device("cpu")] * 3, process_group_backend="gloo")
+    assert train(strategy=strategy)[1] == 3
+    assert "3 devices" in said[0]
+
+
 SLURM = {
     "SLURM_JOB_NAME": "train",
     "SLURM_NTASKS": "2",

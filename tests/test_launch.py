@@ -1,5 +1,6 @@
 """Fresh worker processes, as a notebook trains on several devices: what travels, what fails and how."""
 
+import copy
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ import pandas as pd
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import DDPStrategy
 
 import scvi_lite
 from scvi_lite.data.datamodule import CellDataModule, Split
@@ -253,6 +255,38 @@ def test_too_few_cells_are_refused_before_a_process_starts(adata, monkeypatch):
     monkeypatch.setattr(launch.Workers, "attend", lambda self: pytest.fail("started"))
     with pytest.raises(ValueError, match="3 training cells are too few for 2 device"):
         SCVI(adata[:4].copy(), n_latent=2).train(train_size=0.75, max_epochs=1, **WORKERS)
+
+
+# On a GPU ------------------------------------------------------------------------------------------------------------
+
+ON_GPU = dict(max_epochs=2, batch_size=16, accelerator="gpu", enable_progress_bar=False)
+
+
+@pytest.mark.gpu
+def test_workers_share_a_gpu_that_the_session_uses(adata):
+    """Two ranks on one GPU, over gloo, after this process used it; then a model from the first, and again."""
+    strategy = DDPStrategy(process_group_backend="gloo", parallel_devices=[torch.device("cuda", 0)] * 2)
+    one = SCVI(adata, n_latent=2)
+    one.train(devices=1, **ON_GPU)
+    assert one.device.type == "cuda"
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr("scvi_lite.train.strategies._IS_INTERACTIVE", True)
+    try:
+        for two in (SCVI(adata, n_latent=2), one):
+            two.train(strategy=copy.deepcopy(strategy), **ON_GPU)
+            assert two.device.type == "cuda"
+            assert np.isfinite(two.get_latent_representation()).all()
+            assert two.history["elbo_train"].notna().all().all()
+    finally:
+        monkey.undo()
+
+
+@pytest.mark.gpu
+def test_nccl_with_one_rank():
+    options = "{'strategy': 'ddp'}"
+    script = SCRIPT.format(options=options).replace('"cpu", devices=2', '"gpu", devices=1')
+    Path("train.py").write_text(script)
+    subprocess.run([sys.executable, "train.py", "nccl"], check=True, timeout=120)
 
 
 # What fails -----------------------------------------------------------------------------------------------------------

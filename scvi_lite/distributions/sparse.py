@@ -61,7 +61,6 @@ class _SparseLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, up_nh: Tensor) -> tuple[Tensor | None, ...]:
         start, row_m, col_m, value_m = ctx.saved_tensors
-        up_nh = up_nh.to(value_m.dtype)  # under mixed precision it comes in 16 bits
         counts = Counts(start, row_m, col_m, value_m, ctx.n_features)
         up_nh = up_nh.to(value_m.dtype)  # under autocast, the product forward came in 16 bits
         if _share(counts) > SPARSE_BACKWARD:

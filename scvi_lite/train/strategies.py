@@ -110,13 +110,16 @@ def _is_ddp(strategy: Any) -> bool:
 
 
 def find_devices(options: dict[str, Any]) -> list[torch.device]:
-    """What Lightning makes of ``accelerator`` and ``devices`` on this machine.
+    """What Lightning makes of ``accelerator`` and ``devices`` on this machine, unless the strategy brings its own.
 
     Raises
     ------
     ValueError
         If there are no such devices.
     """
+    strategy = options.get("strategy")
+    if isinstance(strategy, DDPStrategy) and strategy.parallel_devices:
+        return list(strategy.parallel_devices)
     asked = {name: options.get(name, "auto") for name in ("accelerator", "devices")}
     text = ", ".join(f"{name}={value!r}" for name, value in asked.items())
     known = ["auto", "gpu", *AcceleratorRegistry.available_accelerators()]
