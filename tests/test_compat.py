@@ -114,6 +114,71 @@ def minified():
     return model
 
 
+def test_a_minified_model_takes_the_full_data_again(tmp_path):
+    model = minified()
+    model.save(tmp_path / "model", save_anndata=True)
+    kept = scvi.model.SCVI.load(tmp_path / "model")
+    full = scvi.model.SCVI.load(tmp_path / "model", adata=make_data())
+    assert kept.minified_data_type == "latent_posterior_parameters" and full.minified_data_type is None
+    z = model.get_latent_representation()
+    np.testing.assert_array_equal(kept.get_latent_representation(), z)
+    np.testing.assert_allclose(full.get_latent_representation(), z, atol=1e-6)
+    assert full.get_elbo(return_mean=False).shape == (80,)
+
+
+def test_minified_data_do_not_pass_for_full_ones(model, tmp_path):
+    model.save(tmp_path / "model")
+    data = minified().adata
+    with pytest.raises(ValueError, match="adata was minified and holds no counts"):
+        scvi.model.SCVI.load(tmp_path / "model", adata=data)
+    with pytest.raises(ValueError, match="adata was minified and holds no counts"):
+        model.get_latent_representation(data)
+
+
+def test_the_data_of_a_model_may_be_replaced_by_others_that_fit():
+    model = make_model()
+    z, others = model.get_latent_representation(), make_data()[::-1].copy()
+    model.adata = others
+    assert model.adata is others
+    np.testing.assert_allclose(model.get_latent_representation(), z[::-1], atol=1e-6)
+    with pytest.raises(KeyError, match="batch_key='batch'"):
+        model.adata = without(others, "batch")
+    assert model.adata is others
+
+
+def without(adata, column):
+    adata = adata.copy()
+    del adata.obs[column]
+    return adata
+
+
+def test_an_effect_may_take_the_pseudocounts(model):
+    def changes(**options):
+        torch.manual_seed(0)
+        return model.differential_expression(idx1=[0, 1, 2], mode="change", pseudocounts=1e-3, silent=True, **options)
+
+    def effect(one, two, pseudocounts):
+        return np.log2(one + pseudocounts) - np.log2(two + pseudocounts)
+
+    np.testing.assert_allclose(changes(change_fn=effect)["lfc_mean"], changes()["lfc_mean"], rtol=1e-5)
+    assert changes(change_fn=np.subtract)["lfc_mean"].abs().max() < 1
+
+
+def test_options_that_are_no_plain_data_are_saved(tmp_path):
+    model = make_model(var_activation=torch.nn.functional.softplus, n_layers=np.int64(2))
+    model.save(tmp_path / "model", save_anndata=True)
+    loaded = scvi.model.SCVI.load(tmp_path / "model")
+    np.testing.assert_array_equal(loaded.get_latent_representation(), model.get_latent_representation())
+
+
+def test_the_categories_of_a_setup_may_be_hidden(model, capsys):
+    model.view_anndata_setup()
+    assert "batch_1" in capsys.readouterr().out
+    model.view_anndata_setup(hide_state_registries=True)
+    out = capsys.readouterr().out
+    assert "obs" in out and "batch_1" not in out
+
+
 ERRORS = {
     "an unknown column": (KeyError, lambda model, path: scvi.model.SCVI.setup_anndata(make_data(), batch_key="donor")),
     "an unknown layer": (ValueError, lambda model, path: scvi.model.SCVI.setup_anndata(make_data(), layer="counts")),

@@ -57,7 +57,7 @@ def differential_expression(
     n_samples_overall: int = 5000,
     use_permutation: bool = False,
     m_permutation: int = 10_000,
-    change_fn: Callable[[np.ndarray, np.ndarray], np.ndarray] | str | None = None,
+    change_fn: Callable[..., np.ndarray] | str | None = None,
     m1_domain_fn: Callable[[np.ndarray], np.ndarray] | None = None,
     pseudocounts: float | None = None,
     threshold_counts: float = 0.01,
@@ -113,7 +113,8 @@ def differential_expression(
     use_permutation, m_permutation
         Compare ``m_permutation`` random pairs of draws, instead of using each draw once.
     change_fn
-        In change mode: the effect, from the draws of both populations; ``"log-fold"`` by default.
+        In change mode: the effect, a function of the draws of both populations and, where it takes three arguments,
+        the pseudocounts; ``"log-fold"`` by default.
     m1_domain_fn
         In change mode: which effects count, instead of those beyond ``delta``.
     pseudocounts

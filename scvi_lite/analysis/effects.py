@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -101,7 +103,7 @@ class Change:
         Added to both before the ratio is taken. None takes it from genes that are not expressed in a population: the
         90 % quantile of their largest draw, divided by the number of genes; the larger of the two populations'.
     effect
-        Of two arrays; None is the log2 fold change.
+        Of two arrays and, where it takes three arguments, the pseudocounts; None is the log2 fold change.
     region
         Which effects count, instead of ``delta``.
     test_mode
@@ -115,7 +117,7 @@ class Change:
 
     delta: float | None = 0.25
     pseudocounts: float | None = None
-    effect: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
+    effect: Callable[..., np.ndarray] | None = None
     region: Callable[[np.ndarray], np.ndarray] | None = None
     test_mode: str = "three"
     intervals: Sequence[float] = ()
@@ -135,8 +137,7 @@ class Change:
     def __call__(self, one: Draws, two: Draws, pairs: Pairs) -> Columns:
         """Columns of the result, (g,) each."""
         offset = estimate_pseudocounts(one, two) if self.pseudocounts is None else self.pseudocounts
-        added = np.float32(max(offset, NO_PSEUDOCOUNT))
-        effect = self.effect or (lambda x1, x2: np.log2(x1 + added) - np.log2(x2 + added))
+        effect = self._effect_with(np.float32(offset))
         levels = [q for level in self.intervals for q in ((1 - level) / 2, (1 + level) / 2)]
         parts, p_parts = [], []
         for x1, x2 in pairs.blocks(one, two):
@@ -157,6 +158,14 @@ class Change:
             result[f"lfc_confidence_interval_{level}_max"] = quantiles[2 * i + 1]
         return result
 
+    def _effect_with(self, pseudocounts: np.float32) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+        """The effect of two arrays; a function of three is given the pseudocounts too."""
+        if self.effect is None:
+            added = np.maximum(pseudocounts, np.float32(NO_PSEUDOCOUNT))
+            return lambda x1, x2: np.log2(x1 + added) - np.log2(x2 + added)
+        takes_three = not isinstance(self.effect, np.ufunc) and len(signature(self.effect).parameters) == 3
+        return partial(_with_third, self.effect, pseudocounts) if takes_three else self.effect
+
     def probability(self, effect_gs: np.ndarray, delta: float) -> np.ndarray:
         """Share of the draws that count as a change, (g,)."""
         if self.region is not None:
@@ -167,6 +176,10 @@ class Change:
     def decide(self, columns: Columns) -> Columns:
         """Which genes are called at each target."""
         return {f"is_de_fdr_{target}": called(columns["proba_de"], target) for target in self.fdr_targets}
+
+
+def _with_third(function: Callable[..., np.ndarray], third: Any, one: np.ndarray, two: np.ndarray) -> np.ndarray:
+    return function(one, two, third)
 
 
 def _summary(effect_gs: np.ndarray, quantiles: Sequence[float]) -> dict[str, np.ndarray]:

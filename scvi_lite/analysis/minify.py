@@ -17,6 +17,7 @@ from scvi_lite.errors import StateError, UnknownKeyError, unknown
 if TYPE_CHECKING:
     from anndata import AnnData
 
+    from scvi_lite.data.registry import Registry
     from scvi_lite.model.base import Model
 
 WITHOUT_COUNTS = "latent_posterior_parameters"
@@ -89,7 +90,7 @@ def minify_adata(
     fields |= {field.name: {"kind": field.kind, **field.register(adata)} for field in stored}
     registry = replace(model.registry, fields=fields)
     adata.uns[UNS_KEY] = dict(adata.uns.get(UNS_KEY, {})) | {registry.model_name: json.dumps(registry.to_dict())}
-    model.adata, model.registry = adata, registry
+    model.registry, model.adata = registry, adata
 
 
 def minified(model: Model) -> str | None:
@@ -97,6 +98,18 @@ def minified(model: Model) -> str | None:
     if "qz_loc_nk" not in model.registry.fields:
         return None
     return WITHOUT_COUNTS if model.registry.fields["x"].get("minified") else WITH_COUNTS
+
+
+def setup_for(registry: Registry, adata: AnnData) -> Registry:
+    """The setup to read ``adata`` with: that for counts, where it was made for minified data and these are full."""
+    posterior = {"qz_loc_nk": "obsm", "qz_scale_nk": "obsm", "total_n": "obs"}
+    stored = {name: where for name, where in posterior.items() if name in registry.fields}
+    if all(registry.fields[name]["key"] in getattr(adata, where) for name, where in stored.items()):
+        return registry
+    fields = {name: state for name, state in registry.fields.items() if name not in stored}
+    counts = {name: value for name, value in fields["x"].items() if name != "minified"}
+    fields["x"] = counts | {"layer": registry.setup_args["layer"]}
+    return replace(registry, fields=fields)
 
 
 def _posterior(model: Model, loc_key: str, variance_key: str) -> tuple[np.ndarray, np.ndarray]:

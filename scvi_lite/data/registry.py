@@ -90,11 +90,19 @@ class Registry:
 
         Raises
         ------
+        StateError
+            If the data were minified and this setup reads counts.
         KeyError
             If a column or layer does not exist.
         ValueError
             If values are missing or new to the model, or counts are negative, NaN or infinite.
         """
+        noted = json.loads(adata.uns.get(UNS_KEY, {}).get(self.model_name, "{}"))
+        if noted.get("fields", {}).get("x", {}).get("minified") and not self.fields["x"].get("minified"):
+            raise StateError(
+                f"adata was minified and holds no counts, which this {self.model_name} reads. Give the full data, or "
+                "load the model that minified them."
+            )
         for state in self.fields.values():
             KINDS[state["kind"]].check(adata, state)
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from scvi_lite._settings import settings
+from scvi_lite.analysis.minify import setup_for
 from scvi_lite.data import registry as registries
 from scvi_lite.data.batch import Batch
 from scvi_lite.data.disk import LazyStore, load_for_training
@@ -63,7 +64,7 @@ class Model(ABC):
         self._build(adata, registries.find(adata, type(self).__name__), arguments)
 
     def _build(self, adata: AnnData, registry: Registry, arguments: dict[str, Any]) -> None:
-        self.adata, self.registry, self._arguments = adata, registry, arguments
+        self._adata, self.registry, self._arguments = adata, registry, arguments
         self._var_names = adata.var_names.astype(str).tolist()
         self.is_trained = False
         self._history: dict[str, pd.DataFrame] = {}
@@ -83,11 +84,20 @@ class Model(ABC):
 
     # Data -------------------------------------------------------------------------------------------------------------
 
+    @property
+    def adata(self) -> AnnData:
+        """The data of the model. Others may be put in their place, if they fit."""
+        return self._adata
+
+    @adata.setter
+    def adata(self, adata: AnnData) -> None:
+        self._adata = self._check(adata)
+
     def _check(self, adata: AnnData | None) -> AnnData:
         """An AnnData that fits the model: the model's own, or a new one with its genes in order."""
         if adata is None:
-            return self.adata
-        if adata is not self.adata:
+            return self._adata
+        if adata is not self._adata:
             adata = match_genes(adata, self._var_names)
             self.registry.check(adata)
         return adata
@@ -473,7 +483,7 @@ class Model(ABC):
     @classmethod
     def _from_saved(cls, saved: SavedModel, adata: AnnData) -> Self:
         model = cls.__new__(cls)
-        registry = Registry.from_dict(saved.registry)
+        registry = setup_for(Registry.from_dict(saved.registry), adata)
         adata = match_genes(adata, list(saved.var_names))
         registry.check(adata)
         model._build(adata, registry, saved.arguments)
@@ -490,18 +500,19 @@ class Model(ABC):
 
     # For people -------------------------------------------------------------------------------------------------------
 
-    def view_anndata_setup(self, adata: AnnData | None = None) -> None:
-        """Print what the model reads from the data: each field, where it is, and its categories."""
+    def view_anndata_setup(self, adata: AnnData | None = None, hide_state_registries: bool = False) -> None:
+        """Print what the model reads from the data: each field, where it is and, unless hidden, its categories."""
         from rich.console import Console
         from rich.table import Table
 
         adata = self._check(adata)
         table = Table(title=f"{type(self).__name__}: {adata.n_obs} cells × {adata.n_vars} features")
-        for column in ("field", "kind", "where", "what"):
+        columns = ["field", "kind", "where"] if hide_state_registries else ["field", "kind", "where", "what"]
+        for column in columns:
             table.add_column(column)
         for name, state in self.registry.fields.items():
             for where, what in describe_field(state):
-                table.add_row(name, state["kind"], where, what)
+                table.add_row(*[name, state["kind"], where, what][: len(columns)])
         Console().print(table)
 
     def __repr__(self) -> str:

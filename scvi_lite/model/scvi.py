@@ -20,7 +20,7 @@ from scvi_lite.analysis import (
 from scvi_lite.data.batch import Batch
 from scvi_lite.data.fields import Categorical, Categoricals, Continuous, Continuouses, Field, Matrix, check_keys
 from scvi_lite.model.base import Model
-from scvi_lite.nn.configure import configure, library_prior
+from scvi_lite.nn.configure import activation_name, configure, library_prior
 from scvi_lite.nn.vae import CountVAE, Loss, kl_normal
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class SCVI(Model):
         Further options of the network: ``log_variational``, ``encode_covariates``, ``deeply_inject_covariates``,
         ``batch_representation`` (``"one-hot"`` or ``"embedding"``), ``batch_embedding_kwargs``
         (``{"embedding_dim": 5}``), ``use_batch_norm`` and ``use_layer_norm`` (``"none"``, ``"encoder"``, ``"decoder"``,
-        ``"both"``), ``var_activation`` (``"exp"`` or ``"softplus"``).
+        ``"both"``), ``var_activation`` (``"exp"`` or ``"softplus"``, or the function).
 
     Raises
     ------
@@ -132,6 +132,8 @@ class SCVI(Model):
             use_observed_lib_size=use_observed_lib_size,
             latent_distribution=latent_distribution,
         )
+        if "var_activation" in network_options:  # as a name, which can be saved
+            network_options["var_activation"] = activation_name(network_options["var_activation"])
         super().__init__(adata, given | network_options)
 
     def _make_module(self, arguments: dict[str, Any]) -> SCVIModule:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +59,7 @@ class VAEConfig:
                 raise ValueError(unknown(name, getattr(self, name), choices))
         for name in ("n_hidden", "n_latent", "n_layers", "batch_embedding_dim"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
                 raise ValueError(f"{name}={value!r}: a whole number of at least 1 is needed.")
         if not 0 <= self.dropout_rate < 1:
             raise ValueError(f"dropout_rate={self.dropout_rate!r}: a number in [0, 1) is needed.")
