@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from scvi_lite.data.batch import Batch
     from scvi_lite.model.base import Model
     from scvi_lite.nn.rates import Rates
+    from scvi_lite.nn.vae import Posterior
 
 
 def get_normalized_expression(
@@ -146,7 +147,7 @@ def _per_cell(
     for cells, batch in minibatches(model, adata, rows, size, silent):
         q = model.module.encode(batch)
         z = q.sample_z(n_samples if several else None)
-        library_n = log_library(model, batch, library_size)
+        library_n = log_library(model, batch, q, library_size, n_samples if several else None)
         mean = mean_over(codes, lambda code: expected(model, z, library_n, batch, code, genes))  # noqa: B023 (used at once)
         out[..., cells, :] = mean.mean(0) if several and return_mean else mean
     return value
@@ -171,7 +172,8 @@ def decode_draws(
     out = torch.from_numpy(value)
     size = minibatch_size(batch_size, model.module.config.n_genes)
     for cells, batch in minibatches(model, adata, rows, size):
-        z_nk, library_n = z_sk[cells].to(model.device), log_library(model, batch, library_size)
+        z_nk = z_sk[cells].to(model.device)
+        library_n = log_library(model, batch, None, library_size)
         if each_in_turn and None not in codes:
             turn_n = torch.arange(cells.start, cells.stop, device=model.device) % len(codes)
             batch = replace(batch, batch_n=torch.tensor(codes, device=model.device)[turn_n])
@@ -204,11 +206,18 @@ def select_genes(rates: Rates, genes: np.ndarray | None) -> Rates:
     return replace(rates, logit_ng=logit_ng, library_n=library_n, log_theta=theta, dropout_ng=dropout)
 
 
-def log_library(model: Model, batch: Batch, library_size: float | str) -> Tensor | None:
-    """Log of the library to decode with, (n,); None stands for a library of one."""
+def log_library(
+    model: Model, batch: Batch, q: Posterior | None, library_size: float | str, n_samples: int | None = None
+) -> Tensor | None:
+    """Log of the library to decode with, (n,) or (s, n); None stands for a library of one."""
     if library_size == "latent":
-        return model.module.library(batch, model.module.encode(batch))
+        return draw_library(model, batch, q or model.module.encode(batch), n_samples)
     return None if library_size == 1 else torch.full_like(batch.total_n, math.log(float(library_size)))
+
+
+def draw_library(model: Model, batch: Batch, q: Posterior, n_samples: int | None = None) -> Tensor:
+    """Log of each cell's library: a draw, (n,) or (s, n), where it is latent; else the one that it was given, (n,)."""
+    return model.module.library(batch, q) if q.library_scale_n is None else q.sample_library(n_samples)
 
 
 def mean_over(codes: Sequence[int | None], value_of: Any) -> Tensor:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scvi_lite.analysis.expression import minibatches, select_genes
+from scvi_lite.analysis.expression import draw_library, minibatches, select_genes
 from scvi_lite.analysis.inputs import gene_positions, minibatch_size, whole_number
 from scvi_lite.errors import unknown
 
@@ -140,7 +140,8 @@ def get_likelihood_parameters(
     size = minibatch_size(batch_size, n_samples * n_genes)
     for cells, batch in minibatches(model, adata, rows, size):
         q = model.module.encode(batch)
-        rates = model.module.decode(q.sample_z(n_samples if several else None), model.module.library(batch, q), batch)
+        n_draws = n_samples if several else None
+        rates = model.module.decode(q.sample_z(n_draws), draw_library(model, batch, q, n_draws), batch)
         parameters = {"mean": rates.mu_ng}
         if rates.dropout_ng is not None:
             parameters["dropout"] = rates.dropout_ng.sigmoid()
@@ -219,8 +220,7 @@ def get_feature_correlation_matrix(
 def draw_rates(model: Model, batch: Batch, code: int | None = None, library_n: Tensor | None = None) -> Rates:
     """Decode one draw from the posterior of each cell, as from one batch; with a drawn library if none is given."""
     q = model.module.encode(batch)
-    if library_n is None:
-        library_n = model.module.library(batch, q) if q.library_scale_n is None else q.sample_library()
+    library_n = draw_library(model, batch, q) if library_n is None else library_n
     return model.module.decode(q.sample_z(), library_n, batch if code is None else batch.with_batch(code))
 
 
