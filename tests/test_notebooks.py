@@ -42,8 +42,23 @@ model = SCVI(adata, n_latent=2)
 model.train(max_epochs=2, accelerator="cpu", devices=2)
 print("epochs:", len(model.history["elbo_train"]), "cells:", len(model.train_indices) + len(model.validation_indices))
 """
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+    # Classes of the notebook's own travel there and back; it goes on after an error.
+    more = """
+import lightning.pytorch as pl
+class Mine(Exception):
+    pass
+class Fails(pl.Callback):
+    def on_train_start(self, trainer, task):
+        if trainer.global_rank == 1:
+            raise Mine("of rank 1")
+try:
+    model.train(max_epochs=2, accelerator="cpu", devices=2, callbacks=[Fails()])
+except Mine as error:
+    print("caught", error, "after", len(model.history["elbo_train"]), "epochs")
+"""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text) for text in (source, more)])
     text = printed(execute(notebook, tmp_path))
     assert "epochs: 2 cells: 200" in text
     assert "2/2 epochs" in text
-    assert "2 devices, each in a fresh process" in text
+    assert "2 devices (cpu), each in a fresh process" in text
+    assert "caught of rank 1 after 2 epochs" in text
