@@ -42,8 +42,9 @@ def write_store(store: CellStore | LazyStore, source: tuple[str, Registry] | Non
         (folder / SOURCE).write_bytes(pickle.dumps(source))
         tensors["rows"] = store.row_n
     else:
-        tensors |= {"x.start": store.x.start, "x.col": store.x.col, "x.value": store.x.value}
-        (folder / "n_features").write_text(str(store.x.n_features))
+        x = store.x.compact()
+        tensors |= {"x.start": x.start, "x.col": x.col, "x.value": x.value}
+        (folder / "n_features").write_text(str(x.n_features))
     for name, values in tensors.items():
         np.save(folder / f"{name}.npy", values.cpu().numpy())
 

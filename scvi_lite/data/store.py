@@ -27,24 +27,31 @@ WIDTHS = (torch.uint8, torch.int16, torch.int32, torch.float32)  # how counts ar
 
 @dataclass
 class CompactCSR:
-    """A cells × features matrix with 3 to 5 bytes for each non-zero of a typical count matrix."""
+    """A cells × features matrix: in the user's own arrays, or with 3 to 5 bytes for each non-zero of typical counts."""
 
     start: Tensor  #: (n + 1,) int64, always on the CPU: the size of a minibatch is known without asking the device
-    col: Tensor  #: (m,) int16 or int32
-    value: Tensor  #: (m,) uint8, int16, int32 or float32: the narrowest that holds the numbers
+    col: Tensor  #: (m,) int16 or int32, when compact
+    value: Tensor  #: (m,) uint8, int16, int32 or float32, when compact: the narrowest that holds the numbers
     n_features: int
 
     @classmethod
     def from_matrix(cls, matrix: Any) -> CompactCSR:
         """From a SciPy sparse matrix or a dense array."""
         csr = canonical(matrix)
-        col_type = np.int16 if csr.shape[1] <= np.iinfo(np.int16).max else np.int32
-        return cls(
-            torch.from_numpy(csr.indptr.astype(np.int64)),
-            torch.from_numpy(csr.indices.astype(col_type)),
-            torch.from_numpy(csr.data.astype(narrowest(csr.data))),
-            csr.shape[1],
-        )
+        width = narrowest(csr.data)
+        return cls.view(sparse.csr_matrix((csr.data.astype(width), csr.indices, csr.indptr), csr.shape)).compact()
+
+    @classmethod
+    def view(cls, csr: sparse.csr_matrix) -> CompactCSR:
+        """A SciPy matrix in canonical form as it is, without a copy."""
+        start, col, value = (torch.from_numpy(a) for a in (csr.indptr.astype(np.int64), csr.indices, csr.data))
+        return cls(start, col, value, csr.shape[1])
+
+    def compact(self) -> CompactCSR:
+        """The same in the narrowest types."""
+        col_type = torch.int16 if self.n_features <= torch.iinfo(torch.int16).max else torch.int32
+        value_type = torch.from_numpy(np.empty(0, narrowest(self.value.numpy()))).dtype
+        return replace(self, col=self.col.to(col_type), value=self.value.to(value_type))
 
     @classmethod
     def join(cls, parts: list[CompactCSR]) -> CompactCSR:
@@ -144,7 +151,7 @@ class CellStore:
         x, cells = self.x, self.cells
         if self.row_n is not None:
             x, cells = x.take(self.row_n), {name: values[self.row_n] for name, values in cells.items()}
-        return CellStore(x.to(device), {name: values.to(device) for name, values in cells.items()})
+        return CellStore(x.compact().to(device), {name: values.to(device) for name, values in cells.items()})
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """All cells in order."""
@@ -173,8 +180,11 @@ def cell_tensors(adata: AnnData, registry: Registry) -> dict[str, Tensor]:
 
 
 def load(adata: AnnData, registry: Registry) -> CellStore:
-    """Read all cells into a store on the CPU."""
-    counts = read_rows(registry.read(adata, "x"))
+    """All cells in a store on the CPU; what is in memory in canonical form stays where it is."""
+    matrix = registry.read(adata, "x")
+    csr = canonical(matrix) if sparse.issparse(matrix) and matrix.format == "csr" else None
+    as_it_is = csr is not None and np.shares_memory(csr.data, matrix.data) and csr.data.dtype in (np.float32, np.int32)
+    counts = CompactCSR.view(csr) if as_it_is else read_rows(matrix if csr is None else csr)
     cells = cell_tensors(adata, registry)
     cells.setdefault("total_n", counts.totals())
     return CellStore(counts, cells)
