@@ -111,7 +111,7 @@ def seen_by_ranks(part):
 
 def test_a_training_and_its_resumption(adata, tmp_path, capsys):
     model, watch, logger = SCVI(adata, n_latent=2), Watch(), CSVLogger("logs")
-    split = [np.arange(0, 99), np.arange(99, 102)]
+    split = [np.arange(0, 99), np.array([99])]  # the second rank has no validation cell
     options = WORKERS | dict(
         batch_size=16,
         logger=logger,
@@ -130,7 +130,7 @@ def test_a_training_and_its_resumption(adata, tmp_path, capsys):
     assert model.train_indices.tolist() == list(range(99))
     # Each training cell once an epoch, each validation cell once, and not the same to a rank in every epoch.
     assert [sorted(rows) for rows in seen_by_ranks("train").values()] == [list(range(99))] * 2
-    assert [sorted(rows) for rows in seen_by_ranks("validation").values()] == [[99, 100, 101]] * 2
+    assert [sorted(rows) for rows in seen_by_ranks("validation").values()] == [[99]] * 2
     by_epoch = [set(), set()]
     for epoch, rows in watch.seen["train"]:
         by_epoch[epoch] |= set(rows)

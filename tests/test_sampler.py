@@ -41,6 +41,17 @@ def test_an_epoch_uses_each_cell_once_in_equal_steps_and_no_step_has_one_cell(n,
     assert sorted(seen) == list(range(n))
 
 
+@given(cells, sizes, st.integers(2, 5))
+def test_dealt_out_anew_each_cell_is_used_once_and_by_another_rank_in_another_epoch(n, batch_size, world):
+    assume(n >= 2 * world)
+    ranks = [TrainingSampler(n, batch_size, 0, n_fewest=n // world, rank=rank, deal_to=world) for rank in range(world)]
+    epochs = [[sum(epoch_of(sampler, epoch), []) for sampler in ranks] for epoch in range(6)]
+    for dealt in epochs:
+        assert sorted(sum(dealt, [])) == list(range(n))
+    assert len({len(sampler) for sampler in ranks}) == 1
+    assert n < 20 or len({tuple(sorted(dealt[0])) for dealt in epochs}) > 1
+
+
 @given(cells, sizes, worlds)
 def test_drop_last_keeps_whole_minibatches_only(n, batch_size, world):
     assume(n // world >= batch_size)
