@@ -273,7 +273,7 @@ def test_reading_takes_few_bytes_for_each_non_zero():
     cells = store.load(adata, setup)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak / matrix.nnz < 1  # the matrix of the user is used as it is
+    assert peak / matrix.nnz < 2  # blocks of totals; the matrix of the user is used as it is
     assert np.shares_memory(cells.x.value.numpy(), adata.X.data)
     assert store.CellStore(cells.x.compact(), cells.cells).n_bytes / matrix.nnz < 4
 
