@@ -23,7 +23,7 @@ from scvi_lite.data.fields import Field
 from scvi_lite.data.genes import match_genes
 from scvi_lite.data.registry import Registry, describe_field
 from scvi_lite.data.sampler import check_external, split_rows
-from scvi_lite.errors import check_options, listing, unknown
+from scvi_lite.errors import StateError, check_options, listing, unknown
 from scvi_lite.train.devices import choose_device
 from scvi_lite.train.plan import Plan, heuristic_epochs, make_plan
 
@@ -322,7 +322,7 @@ class Model(ABC):
     def _check_can_train(self) -> None:
         """Refuse what cannot be trained; models add to it."""
         if "qz_loc_nk" in self.registry.fields:
-            raise RuntimeError(
+            raise StateError(
                 "The data of this model are minified: a model is trained with counts. Make it with the full data."
             )
 
