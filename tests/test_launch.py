@@ -146,6 +146,7 @@ def test_a_training_and_its_resumption(adata, tmp_path, capsys):
         os.kill(about["pid"], 0)
 
     before = model.history["elbo_train"]
+    options["logger"] = False
     model.train(max_epochs=3, ckpt_path="scvi_lite_runs/checkpoints/last.ckpt", **options)
     assert model.history["elbo_train"].index.tolist() == [0, 1, 2]
     pd.testing.assert_frame_equal(model.history["elbo_train"].iloc[:2], before)
