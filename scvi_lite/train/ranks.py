@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,16 +20,14 @@ def on_first_rank(work: Callable[[], T]) -> T:
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return work()
-    outcome: list[T | None] = [None]
-    error: list[Exception | None] = [None]
+    told: list[Any] = [None, None]  # result and error
     if torch.distributed.get_rank() == 0:
         try:
-            outcome = [work()]
-        except Exception as raised:  # whatever it is, the others must not wait for ever
-            error = [raised]
-    both = [outcome, error]
-    torch.distributed.broadcast_object_list(both, src=0)
-    (result,), (failed,) = both
-    if failed is not None:
-        raise failed
-    return result  # type: ignore[return-value]
+            told[0] = work()
+        except Exception as error:  # whatever it is, the others must not wait for ever
+            told[1] = error
+    torch.distributed.broadcast_object_list(told, src=0)
+    result, error = told
+    if error is not None:
+        raise error
+    return result
