@@ -24,8 +24,8 @@ def on_first_rank(work: Callable[[], T]) -> T:
     if torch.distributed.get_rank() == 0:
         try:
             told[0] = work()
-        except Exception as error:  # whatever it is, the others must not wait for ever
-            told[1] = error
+        except Exception as raised:  # whatever it is, the others must not wait for ever
+            told[1] = raised
     torch.distributed.broadcast_object_list(told, src=0)
     result, error = told
     if error is not None:
