@@ -235,8 +235,8 @@ def compare(
         for j, rows in enumerate((comparison.rows1, comparison.rows2)):
             value_sg = sampler(rows, codes[j])
             mean_g = statistics[2 * i + j]["raw_mean"] if counted else expected_mean(model, adata, rows, value_sg)
-            draws.append(Draws(value_sg, mean_g < threshold_counts))
-        pairs = Pairs.make(len(draws[0].value_sg), len(codes[0]), n_permuted, same_batches=codes[0] == codes[1])
+            draws.append(Draws.of(value_sg, mean_g < threshold_counts))
+        pairs = Pairs.make(len(value_sg), len(codes[0]), n_permuted, same_batches=codes[0] == codes[1])
         columns = test(draws[0], draws[1], pairs)
         if all_stats:
             for name in ("raw_mean", "non_zeros_proportion", "raw_normalized_mean"):

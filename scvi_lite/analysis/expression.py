@@ -189,7 +189,7 @@ def expected(
     """Expected expression (..., n, g) of a minibatch, decoded as from one batch; proportions if there is no library."""
     batch = batch if code is None else batch.with_batch(code)
     library_n = batch.total_n.new_zeros(batch.n_cells) if log_library is None else log_library
-    rates = select_genes(model.module.decode(z, library_n, batch), genes)
+    rates = select_genes(model.module.decode(z, library_n, batch, mean_only=True), genes)
     return rates.scale_ng if log_library is None and genes is None else rates.mu_ng
 
 

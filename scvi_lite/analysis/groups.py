@@ -11,6 +11,7 @@ import pandas as pd
 from scipy import sparse
 
 from scvi_lite.data.fields import obs_column
+from scvi_lite.data.rows import Rows
 from scvi_lite.errors import unknown
 
 if TYPE_CHECKING:
@@ -137,15 +138,15 @@ def count_statistics(matrix: Any, groups: Sequence[np.ndarray]) -> list[dict[str
     n_cells, n_genes = matrix.shape
     row, group = np.concatenate(groups), np.repeat(np.arange(len(groups)), [len(rows) for rows in groups])
     member_kn = sparse.csr_array((np.ones(len(row)), (group, row)), shape=(len(groups), n_cells)).tocsc()
-    matrix = matrix.tocsr() if sparse.issparse(matrix) else matrix
-    step = BLOCK_OF_CELLS if sparse.issparse(matrix) else max(1, (1 << 22) // n_genes)
-    sums = np.zeros((3, len(groups), n_genes))
-    for start in range(0, n_cells, step):
-        x_ng = sparse.csr_array(matrix[start : start + step], dtype=np.float64)
-        member = member_kn[:, start : start + step]
-        per_total = sparse.diags_array(PER_CELL / np.maximum(x_ng.sum(1), 1e-12))
-        for i, value in enumerate((x_ng, (x_ng != 0).astype(np.float64), per_total @ x_ng)):
-            sums[i] += (member @ value).toarray()
+    sums, source = np.zeros((3, len(groups), n_genes)), Rows(matrix)
+    for start in range(0, n_cells, BLOCK_OF_CELLS):
+        cells = np.arange(start, min(n_cells, start + BLOCK_OF_CELLS))
+        x_ng = source[cells].astype(np.float64)
+        member = member_kn[:, cells].tocsr()
+        per_total = sparse.diags_array(PER_CELL / np.maximum(np.ravel(x_ng.sum(1)), 1e-12))
+        sums[0] += (member @ x_ng).toarray()
+        sums[1] += (member @ (x_ng != 0)).toarray()
+        sums[2] += (member @ per_total @ x_ng).toarray()
     sums /= np.array([max(1, len(rows)) for rows in groups])[:, None]
     mean, share, normalised = sums
     return [

@@ -191,10 +191,13 @@ class CountVAE(nn.Module, ABC):
         prior_loc_n, prior_var_n = self.library_prior_loc[batch.batch_n], self.library_prior_var[batch.batch_n]
         return kl_normal(posterior.library_loc_n, posterior.library_scale_n, prior_loc_n, prior_var_n)
 
-    def decode(self, z: Tensor, library_n: Tensor, batch: Batch) -> Rates:
-        """The rates of counts at latent ``z`` (..., n, k) and log library (..., n)."""
+    def decode(self, z: Tensor, library_n: Tensor, batch: Batch, mean_only: bool = False) -> Rates:
+        """The rates of counts at latent ``z`` (..., n, k) and log library (..., n); ``mean_only``: of their means."""
         c = self.config
         codes, dense_nd = self.covariates(batch)
+        if mean_only:
+            logit_ng = self.decoder.scale(self.decoder.hidden(self.to_latent(z), codes, dense_nd))
+            return Rates(c.gene_likelihood, logit_ng, library_n, proportions=not c.use_size_factor)
         logit_ng, dropout_ng, log_theta = self.decoder(self.to_latent(z), codes, dense_nd)
         if c.gene_likelihood != "poisson" and log_theta is None:
             code_n = {"gene-batch": batch.batch_n, "gene-label": batch.label_n}.get(c.dispersion)
