@@ -414,7 +414,8 @@ class Model(ABC):
                 prefix=prefix or "",
                 overwrite=overwrite,
                 write_data=write_data if save_anndata else None,
-            )
+            ),
+            f"save {dir_path} {prefix} {sum(float(p.double().sum()) for p in self.module.parameters())}",
         )
 
     def _to_saved(self) -> SavedModel:

@@ -1,33 +1,49 @@
-"""Work that one of several ranks does for all."""
+"""Work that the first of several ranks does for all."""
 
 from __future__ import annotations
 
+import pickle
+from collections import Counter
 from collections.abc import Callable
-from typing import Any, TypeVar
+from datetime import timedelta
 
 import torch
 
-T = TypeVar("T")
+PATIENCE = timedelta(minutes=30)
+_calls: Counter[str] = Counter()
 
 
-def on_first_rank(work: Callable[[], T]) -> T:
-    """Do the work on the first rank while the others wait; its result, or its error, comes out on every rank.
+def on_first_rank(work: Callable[[], None], name: str) -> None:
+    """Do the work on the first rank while the others wait; an error of it is raised on every rank that calls.
 
-    Without several ranks, it is just done.
+    The first rank waits for nobody, so it may also call alone, as scripts do that save on their first rank only.
+    Without several ranks, the work is just done.
 
-    >>> on_first_rank(lambda: 1)
-    1
+    Parameters
+    ----------
+    work
+        What to do.
+    name
+        Tells this work from other work; the same on all ranks.
+
+    >>> on_first_rank(lambda: print("done"), "example")
+    done
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return work()
-    told: list[Any] = [None, None]  # result and error
-    if torch.distributed.get_rank() == 0:
-        try:
-            told[0] = work()
-        except Exception as raised:  # whatever it is, the others must not wait for ever
-            told[1] = raised
-    torch.distributed.broadcast_object_list(told, src=0)
-    result, error = told
-    if error is not None:
-        raise error
-    return result
+        work()
+        return
+    board = torch.distributed.PrefixStore("scvi_lite", torch.distributed.distributed_c10d._get_default_store())
+    _calls[name] += 1
+    key = f"{name}/{_calls[name]}"
+    if torch.distributed.get_rank() > 0:
+        board.wait([key], PATIENCE)
+        error = pickle.loads(board.get(key))  # written by the first rank of this very training
+        if error is not None:
+            raise error
+        return
+    try:
+        work()
+        board.set(key, pickle.dumps(None))
+    except Exception as error:
+        board.set(key, pickle.dumps(type(error)(*error.args)))
+        raise
