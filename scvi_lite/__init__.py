@@ -17,7 +17,7 @@ MODELS = ("SCVI",)
 __getattr__, __dir__ = lazy(
     __name__,
     {name: f"scvi_lite.{name}" for name in ("data", "distributions", "model", "plot", "train")}
-    | {name: "scvi_lite.model" for name in MODELS},
+    | dict.fromkeys(MODELS, "scvi_lite.model"),
 )
 
 __all__ = ["MODELS", "__version__", "data", "distributions", "model", "plot", "settings", "train", *MODELS]
