@@ -118,7 +118,7 @@ def _select(model: Model, adata: AnnData, argument: str, selection: Any) -> np.n
 def count_statistics(matrix: Any, groups: Sequence[np.ndarray]) -> list[dict[str, np.ndarray]]:
     """For each group of rows: mean count, share of cells with a count, and mean of counts normalised to 10,000 a cell.
 
-    One pass over the matrix, in blocks of rows, by sparse products with the groups' indicators.
+    One pass over the matrix, in blocks of rows, by products with the groups' indicators.
 
     Parameters
     ----------
@@ -137,16 +137,17 @@ def count_statistics(matrix: Any, groups: Sequence[np.ndarray]) -> list[dict[str
     """
     n_cells, n_genes = matrix.shape
     row, group = np.concatenate(groups), np.repeat(np.arange(len(groups)), [len(rows) for rows in groups])
-    member_kn = sparse.csr_array((np.ones(len(row)), (group, row)), shape=(len(groups), n_cells)).tocsc()
+    member_nk = sparse.csr_array((np.ones(len(row)), (row, group)), shape=(n_cells, len(groups)))
     sums, source = np.zeros((3, len(groups), n_genes)), Rows(matrix)
     for start in range(0, n_cells, BLOCK_OF_CELLS):
-        cells = np.arange(start, min(n_cells, start + BLOCK_OF_CELLS))
-        x_ng = source[cells].astype(np.float64)
-        member = member_kn[:, cells].tocsr()
-        per_total = sparse.diags_array(PER_CELL / np.maximum(np.ravel(x_ng.sum(1)), 1e-12))
-        sums[0] += (member @ x_ng).toarray()
-        sums[1] += (member @ (x_ng != 0)).toarray()
-        sums[2] += (member @ per_total @ x_ng).toarray()
+        cells = slice(start, min(n_cells, start + BLOCK_OF_CELLS))
+        x_gn = source[np.arange(cells.start, cells.stop)].astype(np.float64).T
+        member = member_nk[cells].toarray()
+        per_total_n = PER_CELL / np.maximum(np.ravel(x_gn.sum(0)), 1e-12)
+        sums[0] += (x_gn @ member).T
+        sums[2] += (x_gn @ (member * per_total_n[:, None])).T
+        x_gn.data[:] = 1
+        sums[1] += (x_gn @ member).T
     sums /= np.array([max(1, len(rows)) for rows in groups])[:, None]
     mean, share, normalised = sums
     return [
