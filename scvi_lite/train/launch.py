@@ -110,11 +110,12 @@ def launch(task: Task, data: CellDataModule, stopping: Any, options: dict[str, A
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     task.module.load_state_dict(state)
     task.last_good = state
-    vars(task).update(outcome.task)
+    for name, value in outcome.task.items():
+        setattr(task, name, value)
     data.split = outcome.split
     torch.manual_seed(outcome.seed)
     for one, luggage in zip(travellers(options), outcome.luggage, strict=True):
-        unpack(one, luggage)
+        one.__dict__.update(luggage)
     if outcome.diverged is not None:
         raise TrainingDivergedError(outcome.diverged)
     return interrupted or outcome.interrupted
@@ -141,13 +142,8 @@ def travellers(options: Mapping[str, Any]) -> list[Any]:
 
 
 def pack(one: Any) -> dict[str, Any]:
-    """The attributes that hold plain data: numbers, text, tensors, and lists and dictionaries of these."""
+    """The attributes that hold plain data, for the object itself: numbers, text, arrays, and collections of these."""
     return {name: value for name, value in vars(one).items() if _is_plain(value)}
-
-
-def unpack(one: Any, luggage: dict[str, Any]) -> None:
-    """Give the object what its copy in the worker held."""
-    vars(one).update(luggage)
 
 
 def _is_plain(value: Any) -> bool:
@@ -257,7 +253,8 @@ class Workers:
                 if self.interrupts and not told:
                     self._tell_first("stop")
                     told = True
-                for connection in wait(list(talking), timeout=0.1):
+                spoke = wait(list(talking), timeout=0.1)
+                for connection in [c for c in talking if c in spoke]:
                     failure = self._hear(connection, talking, bar)
                     if failure is not None:
                         failures.append(failure)
