@@ -415,7 +415,7 @@ class Model(ABC):
                 overwrite=overwrite,
                 write_data=write_data if save_anndata else None,
             ),
-            f"save {dir_path} {prefix} {sum(float(p.double().sum()) for p in self.module.parameters())}",
+            f"save {dir_path} {prefix} {sum(float(p.detach().double().sum()) for p in self.module.parameters())}",
         )
 
     def _to_saved(self) -> SavedModel:
