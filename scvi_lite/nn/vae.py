@@ -1,4 +1,4 @@
-"""The variational autoencoder of counts that several models share (scVI, Lopez et al. 2018, doi:10.1038/s41592-018-0229-2)."""
+"""The variational autoencoder of counts that several models share (Lopez et al. 2018, doi:10.1038/s41592-018-0229-2)."""
 
 from __future__ import annotations
 
