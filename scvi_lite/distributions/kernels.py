@@ -125,54 +125,96 @@ def zeros_row(i, o, c, e_g, zero_g, theta_g, dropout_ng, dmu_ng, dtheta_ng, ddro
     return value, total
 
 
+@numba.njit(fastmath=ANY_ORDER, error_model="numpy", nogil=True, cache=True)
+def fill_tables(log_theta_g, theta_g, rise_xg, slope_xg):
+    """For the counts 1, 2, ... and every gene what depends on nothing else.
+
+    log (theta (theta + 1) ... (theta + x - 1) / x!), and its derivative with respect to log theta.
+    """
+    n_genes = theta_g.shape[0]
+    for j in range(n_genes):
+        rise_xg[0, j], slope_xg[0, j] = log_theta_g[j], F(1)
+    for k in range(1, rise_xg.shape[0]):
+        log_x = F(math.log(k + 1.0))
+        for j in range(n_genes):
+            rise_xg[k, j] = rise_xg[k - 1, j] + log(theta_g[j] + F(k)) - log_x
+            slope_xg[k, j] = slope_xg[k - 1, j] + theta_g[j] / (theta_g[j] + F(k))
+
+
 @numba.njit(fastmath=ANY_ORDER, error_model="numpy")
+def softplus_and_sigmoid(n, x_k, softplus_k, sigmoid_k):
+    """Both of the first n numbers."""
+    for k in range(n):
+        q = exp(-abs(x_k[k]))
+        softplus_k[k] = max(x_k[k], F(0)) + log1p(q)
+        sigmoid_k[k] = (F(1) if x_k[k] > 0 else q) / (F(1) + q)
+
+
+@numba.njit(error_model="numpy")
 def nonzeros_row(
-    i, o, lo, hi, col_m, x_m, shift, logit_ng, log_theta_g, theta_g, dropout_ng, dmu_ng, dtheta_ng, ddropout_ng
-):
-    """Same as :func:`zeros_row` for the non-zeros lo:hi of row i, where log mu = logit + shift."""
-    value, total = 0.0, 0.0
-    for m in range(lo, hi):
-        j, x = col_m[m], x_m[m]
-        log_mu = logit_ng[i, j] + shift
+    i, o, lo, hi, col_m, x_m, shift, logit_ng, log_theta_g, theta_g, rise_xg, slope_xg, dropout_ng,
+    dmu_ng, dtheta_ng, ddropout_ng, work,
+):  # fmt: skip
+    """Same as :func:`zeros_row` for the non-zeros lo:hi of row i, where log mu = logit + shift.
+
+    First what many genes at once are good for, d = log mu - log theta and the dropout logit, then each count.
+    """
+    value, total, n = 0.0, 0.0, hi - lo
+    if log_theta_g is not None:
+        for k in range(n):
+            j = col_m[lo + k]
+            work[0, k] = F(logit_ng[i, j] + shift - log_theta_g[j])
+        softplus_and_sigmoid(n, work[0], work[1], work[2])
+    if dropout_ng is not None:
+        for k in range(n):
+            work[3, k] = dropout_ng[i, col_m[lo + k]]
+        softplus_and_sigmoid(n, work[3], work[4], work[5])
+    for k in range(n):
+        j, x = col_m[lo + k], x_m[lo + k]
         if log_theta_g is None:
+            log_mu = logit_ng[i, j] + shift
             mu = math.exp(log_mu)
             value += x * log_mu - mu - math.lgamma(x + 1.0)
             dmu = x - mu
         else:
-            if x <= MAX_PRODUCT and x == math.floor(x):
-                nb, dmu, dtheta = nb_small(x, log_mu, log_theta_g[j], theta_g[j])
+            d, s, theta = work[0, k], work[1, k], theta_g[j]
+            if not (x <= MAX_PRODUCT and x == math.floor(x)):
+                nb, dmu, dtheta = nb_any(float(x), logit_ng[i, j] + shift, float(log_theta_g[j]))
             else:
-                nb, dmu, dtheta = nb_any(float(x), log_mu, float(log_theta_g[j]))
+                if rise_xg is None:
+                    rise, slope = rise_and_slope(int(x), theta, log_theta_g[j])
+                else:
+                    rise, slope = rise_xg[int(x) - 1, j], slope_xg[int(x) - 1, j]
+                nb = x * (d - s) - theta * s + rise
+                dmu = x - (x + theta) * work[2, k]
+                dtheta = slope - theta * s - dmu
             value += nb
             dtheta_ng[o, j] = dtheta
         dmu_ng[o, j] = dmu
         total += dmu
         if dropout_ng is not None:
-            q = exp(-abs(dropout_ng[i, j]))
-            value -= max(dropout_ng[i, j], F(0)) + log1p(q)
-            ddropout_ng[o, j] = (F(-1) if dropout_ng[i, j] > 0 else -q) / (F(1) + q)
+            value -= work[4, k]
+            ddropout_ng[o, j] = -work[5, k]
     return value, total
 
 
 @numba.njit(error_model="numpy")
-def nb_small(x, log_mu, log_theta, theta):
-    """Log-probability of a small whole count, and its derivatives with respect to log mu and log theta."""
-    d = F(log_mu - log_theta)
-    q = exp(-abs(d))
-    s = max(d, F(0)) + log1p(q)
-    dmu = x - (x + theta) * (F(1) if d > 0 else q) / (F(1) + q)
+def rise_and_slope(x, theta, log_theta):
+    """An entry of :func:`fill_tables`."""
     # theta (theta + 1) ... (theta + x - 1), without its first factor; and the derivative of the whole
     rest, slope = 1.0, 1.0
-    for k in range(1, int(x)):
+    for k in range(1, x):
         slope = slope * (theta + k) + theta * rest
         rest *= theta + k
-    rising = log_theta if x == 1 else log_theta + math.log(rest) - LOG_FACTORIAL[int(x)]
-    return x * (d - s) - theta * s + rising, dmu, slope / rest - theta * s - dmu
+    return F(log_theta + (math.log(rest) - LOG_FACTORIAL[x] if x > 1 else 0.0)), F(slope / rest)
 
 
 @numba.njit(error_model="numpy")
 def nb_any(x, log_mu, log_theta):
-    """Same as :func:`nb_small` for any positive count, in doubles: large numbers cancel one another."""
+    """Log-probability of any positive count and its derivatives with respect to log mu and log theta.
+
+    In doubles: large numbers cancel one another.
+    """
     theta, d = math.exp(log_theta), log_mu - log_theta
     q = math.exp(-abs(d))
     s = max(d, 0.0) + math.log1p(q)
@@ -199,11 +241,12 @@ def gamma_rise(x, theta):
 
 
 def score_rows(
-    first, last, start, col_m, x_m, logit_ng, top_n, library_n, log_theta_tg, theta_tg, dropout_ng,
+    first, last, start, col_m, x_m, logit_ng, top_n, library_n, log_theta_tg, theta_tg, rise_xg, slope_xg, dropout_ng,
     value_n, dlibrary_n, dmu_ng, dtheta_ng, ddropout_ng,
 ):  # fmt: skip
     """Fill value and derivatives of the cells first:last. What a likelihood has no use for is None."""
     e_g, zero_g = np.empty(logit_ng.shape[1], F), np.empty(logit_ng.shape[1], F)
+    work = np.empty((6, logit_ng.shape[1]), F)
     log_theta_g, theta_g = None, None
     for i in range(first, last):
         o = i % dmu_ng.shape[0]
@@ -217,7 +260,7 @@ def score_rows(
         zeros, dzeros = zeros_row(i, o, c, e_g, zero_g, theta_g, dropout_ng, dmu_ng, dtheta_ng, ddropout_ng)
         others, dothers = nonzeros_row(
             i, o, start[i], start[i + 1], col_m, x_m, shift - top_n[i], logit_ng, log_theta_g, theta_g,
-            dropout_ng, dmu_ng, dtheta_ng, ddropout_ng,
+            rise_xg, slope_xg, dropout_ng, dmu_ng, dtheta_ng, ddropout_ng, work,
         )  # fmt: skip
         value_n[i] = zeros + others
         if library_n is not None:
@@ -242,6 +285,15 @@ def _threads(pid: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(thread_name_prefix="scvi_lite")
 
 
+def _tables(log_theta: Tensor | None, theta: Tensor | None, n_nonzeros: int) -> tuple[Tensor | None, Tensor | None]:
+    """The tables of :func:`fill_tables`, where theta is one for each gene and there are counts enough to use them."""
+    if log_theta is None or theta is None or log_theta.shape[0] > 1 or n_nonzeros < log_theta.shape[1]:
+        return None, None
+    rise_xg, slope_xg = (log_theta.new_empty(MAX_PRODUCT, log_theta.shape[1]) for _ in range(2))
+    fill_tables(*(t.detach().numpy() for t in (log_theta[0], theta[0], rise_xg, slope_xg)))
+    return rise_xg, slope_xg
+
+
 def score(
     start: Tensor,
     col_m: Tensor,
@@ -257,7 +309,8 @@ def score(
     top_n = logit_ng.new_zeros(n) if library_n is None else logit_ng.amax(1)
     log_theta = None if log_theta is None else log_theta.reshape(-1, g).clamp(*LOG_THETA_RANGE)
     theta = None if log_theta is None else log_theta.exp()
-    tensors = [start, col_m, x_m, logit_ng, top_n, library_n, log_theta, theta, dropout_ng]
+    tables = _tables(log_theta, theta, x_m.shape[0])
+    tensors = [start, col_m, x_m, logit_ng, top_n, library_n, log_theta, theta, *tables, dropout_ng]
     inputs = [None if t is None else t.detach().contiguous().numpy() for t in tensors]
     n_threads = max(1, min(torch.get_num_threads(), n, n * g // MIN_WORK))
 
