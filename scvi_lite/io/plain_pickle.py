@@ -60,6 +60,10 @@ class _Scalar(Recorded):
         return np.frombuffer(data, dtype.numpy())[0].item()
 
 
+class _Softplus(Recorded):
+    """An option of scvi-tools that is a function: named in the file, never called."""
+
+
 class _Dict:
     """Dictionaries with manners of their own become plain ones."""
 
@@ -81,6 +85,7 @@ STAND_INS: dict[str, type] = {
     **{f"numpy.{core}.multiarray.scalar": _Scalar for core in ("core", "_core")},
     "builtins.dict": _Dict,
     "builtins.bytes": _Bytes,
+    "torch._C._nn.softplus": _Softplus,
     "collections.defaultdict": _Dict,
     "scvi.utils._attrdict.attrdict": _Dict,
     **{f"builtins.{name}": Recorded for name in ("slice", "list", "int", "float", "str", "bool", "range")},
@@ -144,4 +149,6 @@ def plain(value: Any) -> Any:
         return {plain(key): plain(entry) for key, entry in value.items()}
     if type(value) in (list, tuple):
         return type(value)(map(plain, value))
+    if value is _Softplus:
+        return "softplus"
     return value.numpy() if isinstance(value, _Array | _Scalar) else value
