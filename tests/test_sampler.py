@@ -111,7 +111,8 @@ def test_split_puts_each_cell_in_one_part(n, train_size, validation_size, shuffl
     assert len(parts[0]) == int(np.ceil(train_size * n - 1e-9)) >= 1
     assert validation_size is not None or len(parts[2]) == 0
     if not shuffle:
-        assert np.concatenate(parts).tolist() == list(range(n))
+        train, validation, test = parts
+        assert np.concatenate([validation, train, test]).tolist() == list(range(n))
 
 
 def test_split_takes_nine_tenths_unless_told():

@@ -68,7 +68,8 @@ def test_shares(model, given, sizes):
 
 def test_order_without_shuffling(model):
     model.train(max_epochs=1, shuffle_set_split=False, **SILENT)
-    assert model.train_indices.tolist() == list(range(90))
+    assert model.validation_indices.tolist() == list(range(10))
+    assert model.train_indices.tolist() == list(range(10, 100))
 
 
 @pytest.mark.parametrize("as_mask", [False, True])

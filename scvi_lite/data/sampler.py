@@ -39,7 +39,8 @@ def split_rows(
     rest = n_cells - n_train
     n_validation = rest if validation_size is None else min(rest, int(np.floor(validation_size * n_cells + 1e-9)))
     order = torch.randperm(n_cells, generator=generator).numpy() if shuffle else np.arange(n_cells)
-    train, validation, test = np.split(order, [n_train, n_train + n_validation])
+    # Validation first: without shuffling, users of scvi-tools find the cells of each part where they were there.
+    validation, train, test = np.split(order, [n_validation, n_validation + n_train])
     return train, validation, test
 
 

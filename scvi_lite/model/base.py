@@ -167,6 +167,12 @@ class Model(ABC):
                 raise ValueError(unknown("transform_batch", name, known, "a batch of this model", "Batches"))
         return codes
 
+    @property
+    def summary_stats(self) -> dict[str, int]:
+        """Numbers of cells, genes, batches and labels that the model was set up with."""
+        r = self.registry
+        return {"n_cells": r.n_cells, "n_vars": r.n_features, "n_batch": r.n_batches, "n_labels": r.n_labels}
+
     def get_var_names(self) -> list[str]:
         """Names of the genes, in the order the model reads them."""
         return list(self._var_names)
@@ -204,7 +210,7 @@ class Model(ABC):
             Shares of the cells to train on and to validate with; 0.9 and what is left by default. The rest is set aside
             as test cells.
         shuffle_set_split
-            Draw the cells of each share at random; else take them in order.
+            Draw the cells of each share at random; else take them in order: validation, training, test.
         batch_size
             Cells in a minibatch, per device; 128 by default.
         early_stopping
