@@ -24,6 +24,7 @@ class Field(ABC):
     """One thing that a model reads. ``name`` is the attribute of :class:`~scvi_lite.data.batch.Batch` it fills."""
 
     kind: ClassVar[str]
+    parts: ClassVar[dict[str, Any]]  #: what a state holds, and of which types
 
     def __init__(self, name: str):
         self.name = name
@@ -31,6 +32,11 @@ class Field(ABC):
     @abstractmethod
     def register(self, adata: AnnData) -> dict[str, Any]:
         """Check the data and give the field's state."""
+
+    @classmethod
+    def fits(cls, state: Any) -> bool:
+        """Whether a state that comes from a file is one of this field."""
+        return isinstance(state, dict) and all(isinstance(state.get(part, ...), of) for part, of in cls.parts.items())
 
     @classmethod
     @abstractmethod
@@ -47,6 +53,7 @@ class Matrix(Field):
     """A cells × features matrix of counts: ``X`` or a layer."""
 
     kind = "matrix"
+    parts = {"layer": str | None}
 
     def __init__(self, name: str, layer: str | None, counts: bool = True):
         super().__init__(name)
@@ -81,6 +88,7 @@ class Categorical(Field):
     """A column of ``obs`` as codes; without a key, one category for all cells."""
 
     kind = "categorical"
+    parts = {"argument": str, "key": str | int | None, "categories": list}
 
     def __init__(self, name: str, argument: str, key: str | None):
         super().__init__(name)
@@ -89,6 +97,11 @@ class Categorical(Field):
     def register(self, adata: AnnData) -> dict[str, Any]:
         categories = [0] if self.key is None else categories_of(adata, self.argument, self.key)
         return {"argument": self.argument, "key": self.key, "categories": categories}
+
+    @classmethod
+    def fits(cls, state: Any) -> bool:
+        """Whether it has the parts, and its categories differ."""
+        return super().fits(state) and 0 < len(state["categories"]) == len(set(map(text_of, state["categories"])))
 
     @classmethod
     def read(cls, adata: AnnData, state: dict[str, Any]) -> np.ndarray:
@@ -102,6 +115,7 @@ class Continuous(Field):
     """A column of ``obs`` as numbers (n,); ``positive`` for size factors."""
 
     kind = "continuous"
+    parts = {"argument": str, "key": str | int, "positive": bool}
 
     def __init__(self, name: str, argument: str, key: str, positive: bool = False):
         super().__init__(name)
@@ -138,6 +152,7 @@ class Continuous(Field):
 class Columns(Field):
     """Several columns of ``obs``, each read as a field of its own, side by side."""
 
+    parts = {"columns": list}
     one: ClassVar[type[Categorical] | type[Continuous]]
     dtype: ClassVar[type[np.generic]]
 
@@ -147,6 +162,11 @@ class Columns(Field):
 
     def register(self, adata: AnnData) -> dict[str, Any]:
         return {"columns": [self.one(self.name, self.argument, key).register(adata) for key in self.keys]}
+
+    @classmethod
+    def fits(cls, state: Any) -> bool:
+        """Whether each column fits."""
+        return super().fits(state) and all(map(cls.one.fits, state["columns"]))
 
     @classmethod
     def read(cls, adata: AnnData, state: dict[str, Any]) -> np.ndarray:
@@ -171,6 +191,7 @@ class Embedding(Field):
     """A matrix of ``obsm`` (n, k); ``variance`` for variances, which are read as standard deviations."""
 
     kind = "embedding"
+    parts = {"argument": str, "key": str}
 
     def __init__(self, name: str, argument: str, key: str, variance: bool = False):
         super().__init__(name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 UNS_KEY = "scvi_lite"
+PARTS = {"model_name": str, "setup_args": dict, "fields": dict, "n_cells": int, "n_features": int}
 CURES = {
     "NoneType": "Give the data that setup_anndata was called with.",
     "str": "Read the file first: anndata.read_h5ad(path).",
@@ -59,14 +60,17 @@ class Registry:
         Raises
         ------
         ValueError
-            If a part is missing.
+            If a part is missing or of the wrong type.
         """
-        try:
-            return cls(**{name: data[name] for name in cls.__dataclass_fields__})
-        except KeyError as error:
+        data = data if isinstance(data, dict) else {}
+        wrong = [part for part, kind in PARTS.items() if not isinstance(data.get(part), kind)]
+        wrong += [field for field, state in data.get("fields", {}).items() if not _fits(state)] if not wrong else []
+        if wrong:
             raise ValueError(
-                f"The setup that was found has no {error}; it is damaged. Call setup_anndata again."
-            ) from None
+                f"The setup that was found is damaged, it has no {listing(wrong)} of the right type. Call "
+                "setup_anndata again; in a saved model, restore model.json from a copy."
+            )
+        return cls(**{part: data[part] for part in PARTS})
 
     def categories(self, field: str) -> list[Any]:
         """The categories of a categorical field, in the order of their codes."""
@@ -97,8 +101,9 @@ class Registry:
         ValueError
             If values are missing or new to the model, or counts are negative, NaN or infinite.
         """
-        noted = json.loads(adata.uns.get(UNS_KEY, {}).get(self.model_name, "{}"))
-        if noted.get("fields", {}).get("x", {}).get("minified") and not self.fields["x"].get("minified"):
+        # A setup that cannot be read, as of another version, is no reason to refuse data: it is not used.
+        minified = '"minified": true' in str(setups_of(adata).get(self.model_name))
+        if minified and not self.fields["x"].get("minified"):
             raise StateError(
                 f"adata was minified and holds no counts, which this {self.model_name} reads. Give the full data, or "
                 "load the model that minified them."
@@ -126,8 +131,14 @@ def register(adata: AnnData, model_name: str, fields: Sequence[Field], setup_arg
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Trying to modify attribute", category=UserWarning)  # a view becomes a copy
         # As text, because an .h5ad file keeps no None and no empty or mixed list as it was.
-        adata.uns[UNS_KEY] = dict(adata.uns.get(UNS_KEY, {})) | {model_name: json.dumps(registry.to_dict())}
+        adata.uns[UNS_KEY] = setups_of(adata) | {model_name: json.dumps(registry.to_dict())}
     return registry
+
+
+def setups_of(adata: AnnData) -> dict[str, Any]:
+    """What is noted in ``adata.uns``, by the name of the model; nothing where something else took the place."""
+    noted = adata.uns.get(UNS_KEY)
+    return dict(noted) if isinstance(noted, Mapping) else {}
 
 
 def find(adata: AnnData, model_name: str) -> Registry:
@@ -137,20 +148,32 @@ def find(adata: AnnData, model_name: str) -> Registry:
     ------
     StateError
         If there is none for this model, or genes were added or left out since.
+    ValueError
+        If it is damaged.
     """
-    setups = adata.uns.get(UNS_KEY, {})
+    setups = setups_of(adata)
     if model_name not in setups:
         other = f" It is set up for {', '.join(setups)}." if len(setups) else ""
         raise StateError(
             f"This AnnData is not set up for {model_name}.{other} Call {model_name}.setup_anndata(adata, ...) first."
         )
-    registry = Registry.from_dict(json.loads(setups[model_name]))
+    try:
+        noted = json.loads(setups[model_name])
+    except (TypeError, ValueError):  # not text, or not JSON
+        noted = {}
+    registry = Registry.from_dict(noted)
     if registry.n_features != adata.n_vars:
         raise StateError(
             f"This AnnData was set up for {model_name} with {registry.n_features} genes and has {adata.n_vars} now. "
             f"Call {model_name}.setup_anndata(adata, ...) again."
         )
     return registry
+
+
+def _fits(state: Any) -> bool:
+    """Whether the state of a field, read from a file, is one."""
+    kind = state.get("kind") if isinstance(state, dict) else None
+    return isinstance(kind, str) and kind in KINDS and KINDS[kind].fits(state)
 
 
 def check_anndata(adata: Any) -> None:

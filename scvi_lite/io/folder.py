@@ -120,6 +120,7 @@ def read_folder(path: str | Path, prefix: str = "") -> SavedModel:
     RuntimeError
         The folder was written by a newer scvi_lite.
     """
+    import safetensors
     import safetensors.torch
 
     info = read_info(path, prefix)
@@ -130,7 +131,10 @@ def read_folder(path: str | Path, prefix: str = "") -> SavedModel:
         )
     weights = file.read_bytes()
     _check_weights(file, weights, info["weights"])
-    tensors = safetensors.torch.load(weights)
+    try:
+        tensors = safetensors.torch.load(weights)
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        raise ValueError(f"{file} is damaged: {error}. Restore it from a copy.") from error
     if missing := sorted(info["tensors"].keys() - tensors.keys()):
         raise ValueError(
             f"{file} misses the tensors {listing(missing)} that {prefix}{INFO} names: the two files do not match."
@@ -143,7 +147,7 @@ def read_folder(path: str | Path, prefix: str = "") -> SavedModel:
         var_names=info["var_names"],
         state={name: tensors[name] for name in info["tensors"] if name not in index_names.values()},
         history={name: _history_frame(name, column) for name, column in info["history"].items()},
-        indices={split: tensors[name].numpy() for split, name in index_names.items() if name in tensors},
+        indices={split: _rows(name, tensors[name]) for split, name in index_names.items() if name in tensors},
         is_trained=info["is_trained"],
         version=info["version"],
     )
@@ -265,6 +269,15 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{value!r} is a {type(value).__name__}")
 
 
+def _rows(name: str, rows_n: torch.Tensor) -> np.ndarray:
+    """Positions of cells."""
+    import torch
+
+    if rows_n.dtype != torch.int64 or rows_n.ndim != 1 or bool((rows_n < 0).any()):
+        raise ValueError(f"{WEIGHTS} is damaged: {name} holds no positions of cells. Restore it from a copy.")
+    return rows_n.numpy()
+
+
 def _history_column(frame: pd.DataFrame) -> dict[str, list]:
     """A metric as lists. JSON has no NaN nor infinity: they become strings, which ``float`` reads."""
     values = [float(value) for value in frame.iloc[:, 0]]
@@ -275,12 +288,16 @@ def _history_column(frame: pd.DataFrame) -> dict[str, list]:
 
 
 def _history_frame(name: str, column: dict[str, list]) -> pd.DataFrame:
+    import numpy as np
     import pandas as pd
 
     try:
         epochs = pd.Index(column["epoch"], dtype="int64", name="epoch")
-        return pd.DataFrame({name: [float(value) for value in column["value"]]}, index=epochs, dtype="float64")
-    except (KeyError, TypeError, ValueError) as error:
+        values = np.array([float(value) for value in column["value"]])
+        if len(values) != len(epochs):
+            raise ValueError(f"{len(values)} values for {len(epochs)} epochs")
+        return pd.DataFrame({name: values}, index=epochs, dtype="float64")
+    except (KeyError, OverflowError, TypeError, ValueError) as error:
         raise ValueError(f"model.json is damaged: the history of '{name}' cannot be read, {error}.") from None
 
 

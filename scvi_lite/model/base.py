@@ -491,15 +491,11 @@ class Model(ABC):
     def _from_saved(cls, saved: SavedModel, adata: AnnData) -> Self:
         model = cls.__new__(cls)
         registry = setup_for(Registry.from_dict(saved.registry), adata)
-        adata = match_genes(adata, list(saved.var_names))
+        adata = match_genes(adata, check_names(saved.var_names, registry))
         registry.check(adata)
+        check_sizes(saved.arguments, saved.state)
         model._build(adata, registry, saved.arguments)
-        missing, surplus = model.module.load_state_dict(saved.state, strict=False)
-        if missing or surplus:
-            raise ValueError(
-                f"The weights do not fit a {cls.__name__} with these arguments: missing {listing(missing)}, not known "
-                f"{listing(surplus)}."
-            )
+        load_weights(model.module, saved.state)
         model.is_trained, model._history = saved.is_trained, saved.history
         for part, rows in saved.indices.items():
             setattr(model, f"{part}_indices", rows)
@@ -526,6 +522,58 @@ class Model(ABC):
         given = ", ".join(f"{name}={value!r}" for name, value in self._arguments.items())
         state = "trained" if self.is_trained else "not trained"
         return f"{type(self).__name__}({given}), {state}, on {self.adata.n_obs} cells × {self.adata.n_vars} features"
+
+
+def check_names(var_names: Any, registry: Registry) -> list[str]:
+    """The names of a saved model's genes.
+
+    Raises
+    ------
+    ValueError
+        If they are no names, or repeat, or are not as many as the model has genes.
+    """
+    names = list(var_names)
+    if not (all(isinstance(name, str) for name in names) and len(set(names)) == len(names) == registry.n_features):
+        raise ValueError(f"The model is damaged: its var_names are not {registry.n_features} different names.")
+    return names
+
+
+def check_sizes(arguments: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> None:
+    """Refuse sizes beyond those of the weights before memory is asked for.
+
+    >>> check_sizes({"n_hidden": 3}, {"weight": torch.zeros(3, 2)})
+
+    Raises
+    ------
+    ValueError
+        If an argument is larger than each dimension of the weights, and than their number.
+    """
+    largest = max([len(state), *(size for tensor in state.values() for size in tensor.shape)])
+    for name, value in arguments.items():
+        if isinstance(value, int) and value > largest:
+            raise ValueError(f"The model is damaged: its weights do not fit its argument {name}={value!r}.")
+
+
+def load_weights(module: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Put saved weights into a module.
+
+    Raises
+    ------
+    ValueError
+        If names, shapes or kinds of number differ.
+    """
+    ours = module.state_dict()
+    missing, surplus = listing(sorted(ours.keys() - state.keys())), listing(sorted(state.keys() - ours.keys()))
+    if ours.keys() != state.keys():
+        raise ValueError(f"The weights do not fit the model's arguments: missing {missing}, not known {surplus}.")
+    differ = [
+        f"{name} {tuple(state[name].shape)} {state[name].dtype}, not {tuple(tensor.shape)} {tensor.dtype}"
+        for name, tensor in ours.items()
+        if state[name].shape != tensor.shape or state[name].is_floating_point() != tensor.is_floating_point()
+    ]
+    if differ:
+        raise ValueError(f"The weights do not fit the model's arguments and data: {differ[0]}, {len(differ)} in all.")
+    module.load_state_dict(state)
 
 
 def _read_data(dir_path: str | Path, prefix: str, foreign: bool) -> AnnData:

@@ -33,6 +33,8 @@ def configure(registry: Registry, arguments: Mapping[str, Any]) -> VAEConfig:
     """
     options = dict(arguments)
     if (embedding := options.pop("batch_embedding_kwargs", None)) is not None:
+        if not isinstance(embedding, Mapping):
+            raise TypeError(f"batch_embedding_kwargs={embedding!r}: a dictionary is needed, {{'embedding_dim': 5}}.")
         check_options("batch_embedding_kwargs", embedding, ["embedding_dim"])
         options["batch_embedding_dim"] = embedding.get("embedding_dim", 5)
     options["var_activation"] = activation_name(options.pop("var_activation", None))

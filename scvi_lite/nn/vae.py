@@ -1,11 +1,12 @@
-"""The variational autoencoder of counts that several models share (Lopez et al. 2018, doi:10.1038/s41592-018-0229-2)."""
+"""Variational autoencoder of counts that several models share (Lopez et al. 2018, doi:10.1038/s41592-018-0229-2)."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ from scvi_lite.nn.layers import VARIANCE, Encoder, Hidden
 from scvi_lite.nn.rates import LIKELIHOODS, Rates
 
 WHERE = ("none", "encoder", "decoder", "both")
+SWITCHES = ("log_variational", "encode_covariates", "deeply_inject_covariates", "use_observed_lib_size")
 CHOICES = {
     "dispersion": ("gene", "gene-batch", "gene-label", "gene-cell"),
     "gene_likelihood": LIKELIHOODS,
@@ -61,7 +63,10 @@ class VAEConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
                 raise ValueError(f"{name}={value!r}: a whole number of at least 1 is needed.")
-        if not 0 <= self.dropout_rate < 1:
+        for name in SWITCHES:
+            if not isinstance(getattr(self, name), bool | np.bool_):
+                raise ValueError(f"{name}={getattr(self, name)!r}: True or False is needed.")
+        if not (isinstance(self.dropout_rate, Real) and 0 <= self.dropout_rate < 1):
             raise ValueError(f"dropout_rate={self.dropout_rate!r}: a number in [0, 1) is needed.")
 
     @property

@@ -106,14 +106,12 @@ def read_checkpoint(path: str | Path, module: nn.Module, n_cells: int, batch_siz
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"{name}: there is no such file.")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, zipfile.BadZipFile, ValueError) as error:
-        first_line = str(error).partition("\n")[0] or "it ends too early"
-        raise ValueError(f"{name} is damaged, or not a checkpoint: {first_line}") from error
+    checkpoint = _load(name, path)
     if not (isinstance(checkpoint, dict) and KEY in checkpoint and "state_dict" in checkpoint):
         raise ValueError(f"{name} is not a checkpoint that train(enable_checkpointing=True) wrote.")
     state = checkpoint[KEY]
+    if not _is_whole(checkpoint):
+        raise ValueError(f"{name} is damaged: parts are missing or of the wrong type. Start anew without ckpt_path.")
     _check_shapes(name, checkpoint["state_dict"], module)
     if state["n_cells"] != n_cells:
         raise ValueError(
@@ -127,6 +125,41 @@ def read_checkpoint(path: str | Path, module: nn.Module, n_cells: int, batch_siz
         )
     indices = {part: rows.numpy() for part, rows in state["indices"].items()}
     return Start(Split(**indices), state["seed"], state["skip_steps"])
+
+
+def _load(name: str, path: Path) -> Any:
+    """The contents of a checkpoint: plain data and tensors, nothing that runs."""
+    try:
+        with zipfile.ZipFile(path) as archive:  # older formats of PyTorch, which we never wrote, end here
+            if (changed := archive.testzip()) is not None:
+                raise ValueError(f"{changed} has changed since it was written")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # whose text tells how to load it all the same
+        raise ValueError(f"{name} is damaged, or not a checkpoint: it holds more than plain data.") from error
+    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, ValueError) as error:
+        first_line = str(error).partition("\n")[0] or "it ends too early"
+        raise ValueError(f"{name} is damaged, or not a checkpoint: {first_line}") from error
+
+
+def _is_whole(checkpoint: dict[str, Any]) -> bool:
+    """Whether a checkpoint has the parts that are read from it, and they are of their types."""
+    state, weights = checkpoint[KEY], checkpoint["state_dict"]
+    numbers = ("seed", "n_cells", "batch_size", "skip_steps")
+    return (
+        isinstance(weights, dict)
+        and all(isinstance(weight, torch.Tensor) for weight in weights.values())
+        and all(checkpoint.get(part) for part in ("optimizer_states", "loops", "pytorch-lightning_version"))
+        and isinstance(state, dict)
+        and all(isinstance(state.get(part), int) and state[part] >= 0 for part in numbers)
+        and all(isinstance(state.get(part), kind) for part, kind in (("random_states", list), ("indices", dict)))
+        and state["indices"].keys() == Split.__dataclass_fields__.keys()
+        and all(_are_rows(rows, state["n_cells"]) for rows in state["indices"].values())
+    )
+
+
+def _are_rows(rows: Any, n_cells: int) -> bool:
+    is_list = isinstance(rows, torch.Tensor) and rows.dtype == torch.int64 and rows.ndim == 1
+    return is_list and bool(((rows >= 0) & (rows < n_cells)).all())
 
 
 def _check_shapes(name: str, weights: dict[str, Any], module: nn.Module) -> None:
