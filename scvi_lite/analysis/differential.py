@@ -270,7 +270,8 @@ def batch_pairing(model: Model, batch_correction: bool, batchid1: Any, batchid2:
         return [None], [None]
     everything = list(range(model.registry.n_batches))
     codes1, codes2 = (
-        everything if ids is None else sorted(set(model._batch_codes(ids))) for ids in (batchid1, batchid2)
+        everything if ids is None else sorted(set(model._batch_codes(ids, argument)))
+        for argument, ids in (("batchid1", batchid1), ("batchid2", batchid2))
     )
     shared = set(codes1) & set(codes2)
     if codes1 != codes2 and shared:

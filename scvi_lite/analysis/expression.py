@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -231,7 +232,7 @@ def mean_over(codes: Sequence[int | None], value_of: Any) -> Tensor:
 def _check_library_size(library_size: float | str) -> None:
     if isinstance(library_size, str) and library_size != "latent":
         raise ValueError(unknown("library_size", library_size, ["latent"], "a positive number or 'latent'"))
-    if not isinstance(library_size, str) and not 0 < library_size < math.inf:
+    if not isinstance(library_size, str) and not (isinstance(library_size, Real) and 0 < library_size < math.inf):
         raise ValueError(f"library_size={library_size!r}: a positive number, or 'latent', is needed.")
 
 

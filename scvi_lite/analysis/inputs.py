@@ -41,6 +41,8 @@ def gene_positions(model: Model, gene_list: Sequence[str] | None) -> np.ndarray 
         return None
     if isinstance(gene_list, str):
         raise ValueError(f"gene_list={gene_list!r}: a list of names is needed. Write gene_list=[{gene_list!r}].")
+    if str(getattr(gene_list, "dtype", "")) in ("bool", "boolean"):
+        raise ValueError("gene_list is a mask; names are needed. Write gene_list=adata.var_names[mask].")
     names, wanted = model.get_var_names(), [str(gene) for gene in gene_list]
     if not wanted:
         raise ValueError("gene_list is empty. Name at least one gene, or leave it out for all of them.")
@@ -66,7 +68,7 @@ def minibatch_size(batch_size: int | None, numbers_per_cell: int) -> int:
         batch_size = settings.batch_size
     if batch_size is not None:
         whole_number(batch_size=batch_size)
-        return batch_size
+        return int(batch_size)
     return max(1, min(MAX_BATCH, NUMBERS_AT_ONCE // max(1, numbers_per_cell)))
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from scvi_lite._settings import settings
+from scvi_lite.analysis.inputs import whole_number
 from scvi_lite.analysis.minify import setup_for
 from scvi_lite.data import registry as registries
 from scvi_lite.data.batch import Batch
@@ -133,22 +134,21 @@ class Model(ABC):
     ) -> Iterator[Batch]:
         """Cells as minibatches on the model's device, in the order of ``indices``, without gradients."""
         adata = self._check(adata)
-        batch_size = batch_size or settings.batch_size or INFERENCE_BATCH
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size!r}: a whole number of at least 1 is needed.")
+        batch_size = (settings.batch_size or INFERENCE_BATCH) if batch_size is None else batch_size
+        whole_number(batch_size=batch_size)
         store = LazyStore(adata, self.registry, self._rows(adata, indices))
         self.module.eval()
-        for batch in store.batches(batch_size):
+        for batch in store.batches(int(batch_size)):
             with torch.inference_mode():
                 yield batch.to(self.device)
 
-    def _batch_codes(self, transform_batch: Any) -> list[int | None]:
+    def _batch_codes(self, transform_batch: Any, argument: str = "transform_batch") -> list[int | None]:
         """Codes of the batches to decode as; ``[None]`` stands for each cell's own.
 
         Raises
         ------
         ValueError
-            If a batch does not exist.
+            If a batch does not exist, or none is named.
         """
         if transform_batch is None:
             return [None]
@@ -164,7 +164,9 @@ class Model(ABC):
             elif isinstance(name, int | np.integer) and 0 <= name < len(known):
                 codes.append(int(name))
             else:
-                raise ValueError(unknown("transform_batch", name, known, "a batch of this model", "Batches"))
+                raise ValueError(unknown(argument, name, known, "a batch of this model", "Batches"))
+        if not codes:
+            raise ValueError(f"{argument} is empty: name a batch, or leave it out. Batches: {listing(known)}.")
         return codes
 
     @property
@@ -249,6 +251,7 @@ class Model(ABC):
         stopping, options = asked.sort_options({"early_stopping": early_stopping, **trainer_kwargs})
         if max_epochs is not None:
             asked.check_whole("max_epochs", max_epochs)
+            max_epochs = int(max_epochs)  # Lightning takes no integer of NumPy
         elif "max_steps" not in options and "max_time" not in options:
             max_epochs = heuristic_epochs(self.adata.n_obs)
         batch_size = (settings.batch_size or 128) if batch_size is None else batch_size

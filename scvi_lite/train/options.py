@@ -57,6 +57,9 @@ class Stopping:
     learning_rate_monitor: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("early_stopping", "enable_checkpointing", "learning_rate_monitor"):
+            if getattr(self, name) not in (True, False):
+                raise ValueError(f"{name}={getattr(self, name)!r}: True or False is needed.")
         if self.early_stopping_mode not in ("min", "max"):
             raise ValueError(unknown("early_stopping_mode", self.early_stopping_mode, ("min", "max")))
         check_whole("early_stopping_patience", self.early_stopping_patience)
@@ -109,6 +112,14 @@ def sort_options(options: Mapping[str, Any]) -> tuple[Stopping, dict[str, Any]]:
     given = {k: v for k, v in options.items() if v is not None or (by_steps and k == "check_val_every_n_epoch")}
     given.setdefault("default_root_dir", settings.logging_dir)
     callbacks = as_list(given.get("callbacks"))
+    for argument, kind, objects in (
+        ("callbacks", "lightning.pytorch.callbacks", [c for c in callbacks if not isinstance(c, pl.Callback)]),
+        ("logger", "lightning.pytorch.loggers", [x for x in as_list(given.get("logger")) if isinstance(x, str)]),
+    ):
+        if objects:
+            raise TypeError(f"{argument}={objects[0]!r}: an object of {kind}, or a list of them, is needed.")
+    if given.get("check_val_every_n_epoch") is not None:
+        check_whole("check_val_every_n_epoch", given["check_val_every_n_epoch"])
     if any(isinstance(callback, LearningRateMonitor) for callback in callbacks):
         given["learning_rate_monitor"] = True
         if not given.get("logger"):  # to which alone it would tell the learning rate

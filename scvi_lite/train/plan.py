@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from numbers import Real
 from typing import Any
 
 from scvi_lite.errors import check_options, unknown
@@ -72,7 +73,7 @@ class Plan:
         if not self.eps > 0:
             raise ValueError(f"eps={self.eps!r}: a positive number is needed.")
         for name in ("lr", "weight_decay", "min_kl_weight", "max_kl_weight", "lr_patience", "lr_threshold", "lr_min"):
-            if not getattr(self, name) >= 0:
+            if not (isinstance(getattr(self, name), Real) and getattr(self, name) >= 0):
                 raise ValueError(f"{name}={getattr(self, name)!r}: a number of zero or more is needed.")
         if self.min_kl_weight > self.max_kl_weight:
             raise ValueError(f"min_kl_weight={self.min_kl_weight} is above max_kl_weight={self.max_kl_weight}.")
