@@ -107,7 +107,7 @@ def sort_options(options: Mapping[str, Any]) -> tuple[Stopping, dict[str, Any]]:
             raise TypeError(f"train() has no option {name!r}: {INSTEAD[name]}.")
     ours = [f.name for f in fields(Stopping)]
     theirs = list(inspect.signature(pl.Trainer).parameters)
-    check_options("train()", options, [*ours, *theirs, "ckpt_path"])
+    check_options("train()", options, dict.fromkeys([*ours, *theirs, "ckpt_path"]))
     by_steps = isinstance(options.get("val_check_interval"), int)
     given = {k: v for k, v in options.items() if v is not None or (by_steps and k == "check_val_every_n_epoch")}
     given.setdefault("default_root_dir", settings.logging_dir)

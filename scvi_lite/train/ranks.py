@@ -37,13 +37,13 @@ def on_first_rank(work: Callable[[], None], name: str) -> None:
     key = f"{name}/{_calls[name]}"
     if torch.distributed.get_rank() > 0:
         board.wait([key], PATIENCE)
-        error = pickle.loads(board.get(key))  # written by the first rank of this very training
+        error = pickle.loads(bytes.fromhex(board.get(key).decode()))  # written by the first rank of this very training
         if error is not None:
             raise error
         return
     try:
         work()
-        board.set(key, pickle.dumps(None))
+        board.set(key, pickle.dumps(None).hex())
     except Exception as error:
-        board.set(key, pickle.dumps(type(error)(*error.args)))
+        board.set(key, pickle.dumps(type(error)(*error.args)).hex())
         raise

@@ -1,0 +1,84 @@
+"""From the plain data of a saved model back to names, weights and cells; what does not fit is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from scvi_lite.errors import listing
+from scvi_lite.io.folder import find_data
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from scvi_lite.data.registry import Registry
+
+
+def check_names(var_names: Any, registry: Registry) -> list[str]:
+    """The names of a saved model's genes.
+
+    Raises
+    ------
+    ValueError
+        If they are no names, or repeat, or are not as many as the model has genes.
+    """
+    names = list(var_names)
+    if not (all(isinstance(name, str) for name in names) and len(set(names)) == len(names) == registry.n_features):
+        raise ValueError(f"The model is damaged: its var_names are not {registry.n_features} different names.")
+    return names
+
+
+def check_sizes(arguments: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> None:
+    """Refuse sizes beyond those of the weights before memory is asked for.
+
+    >>> check_sizes({"n_hidden": 3}, {"weight": torch.zeros(3, 2)})
+
+    Raises
+    ------
+    ValueError
+        If an argument is larger than each dimension of the weights, and than their number.
+    """
+    largest = max([len(state), *(size for tensor in state.values() for size in tensor.shape)])
+    for name, value in arguments.items():
+        if isinstance(value, int) and value > largest:
+            raise ValueError(f"The model is damaged: its weights do not fit its argument {name}={value!r}.")
+
+
+def load_weights(module: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Put saved weights into a module.
+
+    Raises
+    ------
+    ValueError
+        If names, shapes or kinds of number differ.
+    """
+    ours = module.state_dict()
+    missing, surplus = listing(sorted(ours.keys() - state.keys())), listing(sorted(state.keys() - ours.keys()))
+    if ours.keys() != state.keys():
+        raise ValueError(f"The weights do not fit the model's arguments: missing {missing}, not known {surplus}.")
+    differ = [
+        f"{name} {tuple(state[name].shape)} {state[name].dtype}, not {tuple(tensor.shape)} {tensor.dtype}"
+        for name, tensor in ours.items()
+        if state[name].shape != tensor.shape or state[name].is_floating_point() != tensor.is_floating_point()
+    ]
+    if differ:
+        raise ValueError(f"The weights do not fit the model's arguments and data: {differ[0]}, {len(differ)} in all.")
+    module.load_state_dict(state)
+
+
+def read_data(dir_path: str | Path, prefix: str, foreign: bool) -> AnnData:
+    """The data that were saved with a model."""
+    import anndata
+
+    beside = Path(dir_path).expanduser() / f"{prefix}adata.h5ad"
+    path = (beside if beside.is_file() else None) if foreign else find_data(dir_path, prefix)
+    if path is None:
+        raise FileNotFoundError(
+            f"{dir_path} holds no {beside.name}: the model was saved without its data. "
+            "Give them: load(..., adata=adata)."
+        )
+    return anndata.read_h5ad(path)
