@@ -16,8 +16,6 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-TRAIN = {"train", "memory"}
-
 
 def main(package: str, task: str, data: str, epochs: int) -> dict[str, float]:
     """Run a task and give its figures."""
@@ -34,7 +32,7 @@ def main(package: str, task: str, data: str, epochs: int) -> dict[str, float]:
     options: dict[str, Any] = dict(accelerator="cpu", train_size=0.9, batch_size=128, enable_progress_bar=False)
     before = peak_memory()
     model.train(max_epochs=1, **options)  # what is done once: threads, allocations, compilation
-    if task in TRAIN:
+    if task == "train":
         # Our validation is switched off because the peer's is off unless it stops early.
         seconds = timed(lambda: model.train(max_epochs=epochs, **options, **without_validation(package, epochs)))
         n_cells = epochs * len(model.train_indices)

@@ -60,7 +60,7 @@ class TrainingLines:
         self.last = position, total, metrics
         if position < self.next or not metrics:
             return
-        step = total / (self.N_LINES - 1) if total else max(1.0, position)
+        step = max(1.0, total / (self.N_LINES - 1) if total else position)
         self.next = position + step
         self._write(*self.last)
         self.last = None
