@@ -36,13 +36,14 @@ def main() -> None:
     args = parser.parse_args()
     recorded = np.load(args.reference / f"{args.case}.npz")
     about = json.loads((args.reference / f"{args.case}.json").read_text())
+    out = OUT / f"quality_{args.case}.json"
     rows = [{"model": "scvi-tools, recorded", "elbo": about["val_elbo"], **latent_quality(recorded["z"], recorded)}]
     print(rows[0], flush=True)
     for seed in args.seeds:
         rows.append(train(args.data / about["data"], recorded, seed, args.epochs, args.warmup))
         print(rows[-1], flush=True)
-    out = OUT / f"quality_{args.case}.json"
-    out.write_text(json.dumps({"epochs": args.epochs, "warmup": args.warmup, "rows": rows}, indent=1) + "\n")
+        result = {"epochs": args.epochs, "warmup": args.warmup, "rows": rows}
+        out.write_text(json.dumps(result, indent=1) + "\n")
     print(f"Written to {out}")
 
 
