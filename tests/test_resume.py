@@ -188,7 +188,8 @@ def test_resume_after_a_kill(adata, tmp_path):
         """)
     )
     adata.write_h5ad(tmp_path / "cells.h5ad")
-    process = subprocess.Popen([sys.executable, script], cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums in the same order as here
+    process = subprocess.Popen([sys.executable, script], cwd=tmp_path, env=os.environ | threads)
     last = tmp_path / "kept" / "last.ckpt"
     deadline = time.monotonic() + 120
     while not last.exists() and time.monotonic() < deadline:
