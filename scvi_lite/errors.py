@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 MAX_OPTIONS = 10
 
@@ -107,3 +110,12 @@ def check_options(where: str, options: Iterable[str], known: Iterable[str]) -> N
             guess = nearest(name, known)
             hint = f" Did you mean {guess!r}?" if guess else ""
             raise TypeError(f"{where} has no option {name!r}.{hint} It takes: {listing(sorted(known), 80)}.")
+
+
+def warn(message: str) -> None:
+    """Warn, pointing to the user's line: the first outside this package."""
+    package = str(Path(__file__).parent)
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, UserWarning, stacklevel=level)

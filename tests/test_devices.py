@@ -192,7 +192,7 @@ def test_without_a_gpu_auto_is_the_cpu(here, train, said):
     ids=lambda value: str(value)[:40],
 )
 def test_refused_before_any_work(options, message, four_gpus, train, monkeypatch):
-    monkeypatch.setattr("scvi_lite.model.base.load_for_training", lambda *args: pytest.fail("cells were read"))
+    monkeypatch.setattr("scvi_lite.model.training.load_for_training", lambda *args: pytest.fail("cells were read"))
     with pytest.raises(ValueError, match=f"(?s){message}"):
         train(**options)
 

@@ -12,7 +12,7 @@ import torch
 from conftest import SHARED
 
 from scvi_lite.model.scvi import SCVI
-from scvi_lite.nn.vae import kl_normal
+from scvi_lite.nn.normal import kl_normal
 
 CASES = sorted((SHARED / "golden").glob("scvi_*"))
 SIGNED = {"z_mean", "library_loc", "px_zi_logits"}

@@ -220,7 +220,7 @@ def test_a_backed_file_is_opened_again_by_each_worker(adata, tmp_path, monkeypat
     backed = anndata.read_h5ad("cells.h5ad", backed="r")
     backed.obs["later"] = np.where(np.arange(120) % 2, "a", "b")  # in memory only
     SCVI.setup_anndata(backed, batch_key="later")
-    monkeypatch.setattr("scvi_lite.model.base.load_for_training", LazyStore)
+    monkeypatch.setattr("scvi_lite.model.training.load_for_training", LazyStore)
     model = SCVI(backed, n_latent=2)
     with pytest.warns(UserWarning, match="a word from the worker"):
         model.train(max_epochs=1, callbacks=[Watch()], **WORKERS)

@@ -16,7 +16,7 @@ from test_io import assert_same, example
 from scvi_lite.io.folder import read_folder, write_folder
 from scvi_lite.io.plain_pickle import read_plain
 from scvi_lite.io.scvi_tools import is_scvi_tools_folder, read_scvi_tools
-from scvi_lite.io.scvi_tools_weights import TRANSLATORS
+from scvi_lite.io.translators import TRANSLATORS
 
 N_GENES, N_HIDDEN, N_LATENT, N_BATCHES, N_SITES = 4, 5, 2, 3, 2
 

@@ -18,7 +18,7 @@ from scvi_lite.analysis.inputs import NUMBERS_AT_ONCE, draw, minibatch_size, nee
 from scvi_lite.analysis.latent import log_density, posterior_parameters
 from scvi_lite.analysis.likelihood import log_evidence, log_normal
 from scvi_lite.errors import check_options
-from scvi_lite.nn.vae import draw_normal
+from scvi_lite.nn.normal import draw_normal
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from scvi_lite.analysis.inputs import NUMBERS_AT_ONCE, minibatch_size, needs_counts, whole_number
-from scvi_lite.nn.vae import Posterior, kl_normal
+from scvi_lite.nn.normal import kl_normal
+from scvi_lite.nn.vae import Posterior
 
 if TYPE_CHECKING:
     from anndata import AnnData

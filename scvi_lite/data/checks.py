@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from scipy import sparse
+
+from scvi_lite.errors import warn
 
 CHUNK = 1 << 22  # numbers looked at in one go
 LARGEST = float(np.finfo(np.float32).max)
@@ -50,11 +51,9 @@ def check_counts(matrix: Any, where: str, counts: bool = True) -> None:
             )
         fractions = fractions or (counts and has_fractions(block))
     if fractions:
-        warnings.warn(
+        warn(
             f"{where} holds fractions, not counts. The model is made for raw counts: if you have them in a layer, "
-            "say layer=...",
-            UserWarning,
-            stacklevel=2,
+            "say layer=..."
         )
 
 

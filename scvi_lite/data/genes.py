@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from scvi_lite.data.registry import check_anndata
-from scvi_lite.errors import listing, nearest
+from scvi_lite.errors import listing, nearest, warn
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -39,9 +38,5 @@ def match_genes(adata: AnnData, var_names: Sequence[str]) -> AnnData:
     what = ["are in another order than the model's"] if (np.diff(position) < 0).any() else []
     if (surplus := len(here) - len(var_names)) > 0:
         what.append(f"include {surplus} that the model does not know")
-    warnings.warn(
-        f"The genes of adata {' and '.join(what)}: a copy with the model's genes in its order is used.",
-        UserWarning,
-        stacklevel=4,
-    )
+    warn(f"The genes of adata {' and '.join(what)}: a copy with the model's genes in its order is used.")
     return (adata.to_memory() if adata.isbacked else adata)[:, position].copy()

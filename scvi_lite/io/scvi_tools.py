@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scvi_lite.errors import listing
+from scvi_lite.errors import listing, warn
 from scvi_lite.io.atomic import locate
 from scvi_lite.io.folder import INFO, SPLITS, SavedModel
 from scvi_lite.io.plain_pickle import Recorded, plain, read_plain
-from scvi_lite.io.scvi_tools_weights import TRANSLATORS, Setup
+from scvi_lite.io.translators import TRANSLATORS
+from scvi_lite.io.translators.common import Setup
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -165,7 +165,7 @@ def _history(frames: dict[str, Any]) -> dict[str, pd.DataFrame]:
         try:
             history[str(name)] = _frame(str(name), frame)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-            warnings.warn(f"The metric {name!r} of the history cannot be read and is left out.", stacklevel=4)
+            warn(f"The metric {name!r} of the history cannot be read and is left out.")
     return history
 
 

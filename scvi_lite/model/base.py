@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,29 +11,25 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
 
 from scvi_lite._settings import settings
 from scvi_lite.analysis.inputs import whole_number
 from scvi_lite.analysis.minify import setup_for
 from scvi_lite.data import registry as registries
 from scvi_lite.data.batch import Batch
-from scvi_lite.data.disk import LazyStore, load_for_training
+from scvi_lite.data.disk import LazyStore
 from scvi_lite.data.fields import Field
 from scvi_lite.data.genes import match_genes
 from scvi_lite.data.registry import Registry, describe_field
-from scvi_lite.data.sampler import check_external, split_rows
-from scvi_lite.errors import StateError, check_options, listing, unknown
+from scvi_lite.errors import StateError, listing, unknown, warn
+from scvi_lite.nn.module import Module
 from scvi_lite.train.devices import choose_device
-from scvi_lite.train.plan import Plan, heuristic_epochs, make_plan
+from scvi_lite.train.plan import Plan
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
-    from scvi_lite.data.datamodule import CellDataModule
     from scvi_lite.io.folder import SavedModel
-    from scvi_lite.train.checkpoint import Start
-    from scvi_lite.train.task import Task
 
 logger = logging.getLogger("scvi_lite")
 
@@ -76,7 +71,7 @@ class Model(ABC):
         self.trainer: Any = None
 
     @abstractmethod
-    def _make_module(self, arguments: dict[str, Any]) -> nn.Module:
+    def _make_module(self, arguments: dict[str, Any]) -> Module:
         """The untrained module; ``arguments`` are those of the constructor. Refuses unknown ones."""
 
     @classmethod
@@ -240,93 +235,23 @@ class Model(ABC):
         TrainingDivergedError
             If the loss becomes NaN or infinite.
         """
-        from scvi_lite.data.datamodule import CellDataModule
-        from scvi_lite.train import options as asked
-        from scvi_lite.train.fit import fit
-        from scvi_lite.train.strategies import workers_needed
-        from scvi_lite.train.task import Task, TrainingDivergedError
+        from scvi_lite.model.training import fit_model
 
-        self._check_can_train()
-        plan = make_plan(self.plan, plan_kwargs)
-        stopping, options = asked.sort_options({"early_stopping": early_stopping, **trainer_kwargs})
-        if max_epochs is not None:
-            asked.check_whole("max_epochs", max_epochs)
-            max_epochs = int(max_epochs)  # Lightning takes no integer of NumPy
-        elif "max_steps" not in options and "max_time" not in options:
-            max_epochs = heuristic_epochs(self.adata.n_obs)
-        batch_size = (settings.batch_size or 128) if batch_size is None else batch_size
-        asked.check_whole("batch_size", batch_size, least=2)
-        splitting = asked.without_needless(datasplitter_kwargs or {})
-        check_options("datasplitter_kwargs", splitting, ["external_indexing", "drop_last", "shuffle_over"])
-        options |= {"max_epochs": max_epochs, "accelerator": accelerator, "devices": devices, "strategy": strategy}
-        n_workers = workers_needed(options)
-        start = self._start(
-            options.get("ckpt_path"), splitting, train_size, validation_size, shuffle_set_split, batch_size
+        fit_model(
+            self,
+            max_epochs=max_epochs,
+            accelerator=accelerator,
+            devices=devices,
+            train_size=train_size,
+            validation_size=validation_size,
+            shuffle_set_split=shuffle_set_split,
+            batch_size=batch_size,
+            early_stopping=early_stopping,
+            datasplitter_kwargs=datasplitter_kwargs,
+            plan_kwargs=plan_kwargs,
+            strategy=strategy,
+            **trainer_kwargs,
         )
-        n_validation = 0 if options.get("limit_val_batches") == 0 else len(start.split.validation)
-        asked.check_monitors(stopping, plan, options.get("callbacks"), n_validation)
-
-        earlier = {name: frame.iloc[:, 0].to_dict() for name, frame in self._history.items()}
-        task = Task(self.module.train(), plan, earlier)
-        task.monitor_lr |= stopping.learning_rate_monitor
-        data = CellDataModule(
-            load_for_training(self.adata, self.registry),
-            start.split,
-            batch_size,
-            start.seed,
-            splitting.get("drop_last", False),
-            splitting.get("shuffle_over", "shard"),
-            source=(str(self.adata.filename), self.registry) if self.adata.isbacked else None,
-        )
-        data.skip_steps = start.skip_steps
-        try:
-            self.trainer, interrupted = fit(task, data, stopping, options, n_workers)
-        except TrainingDivergedError:
-            task.go_back()
-            raise
-        finally:
-            self._adopt(task, data)
-        if interrupted:
-            warnings.warn(
-                f"Training was interrupted in epoch {task.epoch_reached}. The model is kept as trained so far.",
-                UserWarning,
-                stacklevel=2,
-            )
-
-    def _start(
-        self,
-        ckpt_path: str | Path | None,
-        splitting: Mapping[str, Any],
-        train_size: float | None,
-        validation_size: float | None,
-        shuffle: bool,
-        batch_size: int,
-    ) -> Start:
-        """Where a training begins: with a new split of the cells, or where a checkpoint left off.
-
-        Raises
-        ------
-        ValueError
-            If a share is out of range, or there are fewer than two cells to train on.
-        """
-        from scvi_lite.data.datamodule import Split
-        from scvi_lite.train.checkpoint import Start, read_checkpoint
-
-        n_cells = self.adata.n_obs
-        if ckpt_path is not None:
-            return read_checkpoint(ckpt_path, self.module, n_cells, batch_size)
-        seed = settings.seed if settings.seed is not None else int(torch.randint(1 << 31, ()))
-        if splitting.get("external_indexing") is not None:
-            split = Split(*check_external(splitting["external_indexing"], n_cells))
-        else:
-            generator = torch.Generator().manual_seed(seed)
-            split = Split(*split_rows(n_cells, train_size, validation_size, shuffle, generator))
-        if len(split.train) < 2:
-            raise ValueError(
-                f"{len(split.train)} training cell(s) of {n_cells}: at least two are needed. Give more cells, or a "
-                "larger train_size."
-            )
-        return Start(split, seed)
 
     def _check_can_train(self) -> None:
         """Refuse what cannot be trained; models add to it."""
@@ -334,19 +259,6 @@ class Model(ABC):
             raise StateError(
                 "The data of this model are minified: a model is trained with counts. Make it with the full data."
             )
-
-    def _adopt(self, task: Task, data: CellDataModule) -> None:
-        """Take over the history and the split of a training, however it ended."""
-        self.module.eval()
-        if not task.has_trained:
-            return
-        self._history = {
-            name: pd.Series(values, dtype=np.float64).rename_axis("epoch").to_frame(name)
-            for name, values in task.epoch_history.items()
-        }
-        self.train_indices, self.validation_indices = data.split.train, data.split.validation
-        self.test_indices = data.split.test
-        self.is_trained = True
 
     @property
     def history(self) -> dict[str, pd.DataFrame]:
@@ -367,11 +279,7 @@ class Model(ABC):
 
     def _warn_if_untrained(self) -> None:
         if not self.is_trained:
-            warnings.warn(
-                f"This {type(self).__name__} is not trained: its answers are random. Call train() first.",
-                UserWarning,
-                stacklevel=3,
-            )
+            warn(f"This {type(self).__name__} is not trained: its answers are random. Call train() first.")
 
     # Files ------------------------------------------------------------------------------------------------------------
 

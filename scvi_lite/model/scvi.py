@@ -21,7 +21,9 @@ from scvi_lite.data.batch import Batch
 from scvi_lite.data.fields import Categorical, Categoricals, Continuous, Continuouses, Field, Matrix, check_keys
 from scvi_lite.model.base import Model
 from scvi_lite.nn.configure import activation_name, configure, library_prior
-from scvi_lite.nn.vae import CountVAE, Loss, kl_normal
+from scvi_lite.nn.module import Loss
+from scvi_lite.nn.normal import kl_normal
+from scvi_lite.nn.vae import CountVAE
 
 if TYPE_CHECKING:
     from anndata import AnnData

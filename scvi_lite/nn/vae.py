@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from numbers import Integral, Real
 
@@ -13,6 +12,8 @@ from torch import Tensor, nn
 from scvi_lite.data.batch import Batch
 from scvi_lite.errors import unknown
 from scvi_lite.nn.layers import VARIANCE, Encoder, Hidden
+from scvi_lite.nn.module import Module
+from scvi_lite.nn.normal import draw_normal, kl_normal
 from scvi_lite.nn.rates import LIKELIHOODS, Rates
 
 WHERE = ("none", "encoder", "decoder", "both")
@@ -93,34 +94,7 @@ class Posterior:
         return draw_normal(self.library_loc_n, self.library_scale_n, n_samples)
 
 
-@dataclass
-class Loss:
-    """The number to descend, and what it is made of: each term summed over the minibatch's cells."""
-
-    total: Tensor
-    reconstruction: Tensor
-    kl_local: Tensor
-    n_cells: int
-
-
-def draw_normal(loc: Tensor, scale: Tensor, n_samples: int | None = None) -> Tensor:
-    """A reparametrised draw; a leading dimension of samples if their number is given."""
-    shape = loc.shape if n_samples is None else (n_samples, *loc.shape)
-    return loc + scale * torch.randn(shape, device=loc.device, dtype=loc.dtype)
-
-
-def kl_normal(loc: Tensor, scale: Tensor, prior_loc: Tensor | float = 0.0, prior_var: Tensor | float = 1.0) -> Tensor:
-    """KL(N(loc, scale²) ‖ N(prior_loc, prior_var)), elementwise.
-
-    >>> kl_normal(torch.zeros(1), torch.ones(1))
-    tensor([0.])
-    """
-    prior_var = torch.as_tensor(prior_var, device=loc.device, dtype=loc.dtype)
-    variance = scale**2
-    return 0.5 * ((variance + (loc - prior_loc) ** 2) / prior_var - 1 - variance.log() + prior_var.log())
-
-
-class CountVAE(nn.Module, ABC):
+class CountVAE(Module):
     """Encoder and decoder of counts; a model adds its :meth:`loss`.
 
     Parameters
@@ -166,10 +140,6 @@ class CountVAE(nn.Module, ABC):
         if c.gene_likelihood != "poisson" and c.dispersion != "gene-cell":
             rows = {"gene": (), "gene-batch": (c.n_batches,), "gene-label": (c.n_labels,)}[c.dispersion]
             self.log_theta = nn.Parameter(torch.randn(*rows, c.n_genes))
-
-    @abstractmethod
-    def loss(self, batch: Batch, kl_weight: float | Tensor = 1.0) -> Loss:
-        """The loss of a minibatch."""
 
     def encode(self, batch: Batch) -> Posterior:
         """The posterior of a minibatch: computed from its counts, or the stored one of minified data."""

@@ -163,7 +163,8 @@ def _are_rows(rows: Any, n_cells: int) -> bool:
 
 
 def _check_shapes(name: str, weights: dict[str, Any], module: nn.Module) -> None:
-    there = {key.removeprefix("module."): tuple(value.shape) for key, value in weights.items()}
+    ours = {key.removeprefix("module."): value for key, value in weights.items() if key.startswith("module.")}
+    there = {key: tuple(value.shape) for key, value in ours.items()}
     here = {key: tuple(value.shape) for key, value in module.state_dict().items()}
     differ = [key for key in {**here, **there} if here.get(key) != there.get(key)]
     if differ:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -13,7 +12,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 
 from scvi_lite._settings import settings
-from scvi_lite.errors import check_options, unknown
+from scvi_lite.errors import check_options, unknown, warn
 from scvi_lite.train.plan import Plan, is_of_validation, metric_names
 from scvi_lite.train.strategies import as_list
 
@@ -83,11 +82,11 @@ def check_whole(name: str, value: Any, least: int = 1) -> None:
         raise ValueError(f"{name}={value!r}: a whole number of at least {least} is needed.")
 
 
-def without_needless(options: Mapping[str, Any], stacklevel: int = 3) -> dict[str, Any]:
+def without_needless(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options without those that have no use here, of which a warning says why."""
     for name in options:
         if name in NEEDLESS:
-            warnings.warn(f"{name} has no effect: {NEEDLESS[name]}.", UserWarning, stacklevel=stacklevel)
+            warn(f"{name} has no effect: {NEEDLESS[name]}.")
     return {name: value for name, value in options.items() if name not in NEEDLESS}
 
 
@@ -101,7 +100,7 @@ def sort_options(options: Mapping[str, Any]) -> tuple[Stopping, dict[str, Any]]:
     ValueError
         If the precision is too low for counts.
     """
-    options = without_needless(options, stacklevel=4)
+    options = without_needless(options)
     for name in INSTEAD:
         if options.pop(name, None) is not None:
             raise TypeError(f"train() has no option {name!r}: {INSTEAD[name]}.")
@@ -133,8 +132,10 @@ def sort_options(options: Mapping[str, Any]) -> tuple[Stopping, dict[str, Any]]:
     return stopping, {k: v for k, v in given.items() if k not in ours}
 
 
-def check_monitors(stopping: Stopping, plan: Plan, callbacks: Any, n_validation: int) -> None:
-    """Refuse, before training, to wait for a metric that will not come.
+def check_monitors(
+    stopping: Stopping, plan: Plan, callbacks: Any, n_validation: int, extra_metrics: Sequence[str] = ()
+) -> None:
+    """Refuse, before training, to wait for a metric that will not come; ``extra_metrics`` are those of the module.
 
     Raises
     ------
@@ -153,11 +154,12 @@ def check_monitors(stopping: Stopping, plan: Plan, callbacks: Any, n_validation:
     more = any(not type(c).__module__.startswith("lightning.") for c in as_list(callbacks))
     for argument, metric, used in monitors:
         if used and metric is not None:
-            _check_monitor(argument, metric, n_validation, more)
+            _check_monitor(argument, metric, n_validation, more, extra_metrics)
 
 
-def _check_monitor(argument: str, metric: str, n_validation: int, more: bool) -> None:
-    known = [*metric_names("train"), *metric_names("validation"), "kl_weight", "epoch", "step"]
+def _check_monitor(argument: str, metric: str, n_validation: int, more: bool, extra_metrics: Sequence[str]) -> None:
+    extra = [f"{name}_{part}" for part in ("train", "validation") for name in extra_metrics]
+    known = [*metric_names("train"), *metric_names("validation"), *extra, "kl_weight", "epoch", "step"]
     if metric not in known and not more:
         raise ValueError(unknown(argument, metric, known, "a metric", "Metrics"))
     if is_of_validation(metric) and n_validation == 0:

@@ -20,7 +20,7 @@ def metric_names(part: str) -> list[str]:
 
 def is_of_validation(metric: str) -> bool:
     """Whether a metric comes from the validation cells."""
-    return metric in metric_names("validation")
+    return metric == "validation_loss" or metric.endswith("_validation")
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,11 @@ class Plan:
         if not 0 < self.lr_factor < 1:
             raise ValueError(f"lr_factor={self.lr_factor!r}: a number in (0, 1) is needed.")
 
+    @property
+    def loss_options(self) -> dict[str, Any]:
+        """Further keywords for the loss of the module, which a model's own plan adds."""
+        return {}
+
     def kl_weight(self, epoch: int, step: int) -> float:
         """The weight of the KL terms at an epoch and a step (a minibatch of any device), both from 0.
 
@@ -91,6 +96,29 @@ class Plan:
         return self.min_kl_weight + (self.max_kl_weight - self.min_kl_weight) * share
 
 
+@dataclass(frozen=True)
+class AdversarialPlan(Plan):
+    """Options of a training with an adversary that tells batches apart in latent space.
+
+    Attributes
+    ----------
+    scale_adversarial_loss
+        Weight of the adversary's loss; ``"auto"`` for one minus the weight of the KL terms.
+    """
+
+    scale_adversarial_loss: float | str = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        scale = self.scale_adversarial_loss
+        if scale != "auto" and not (isinstance(scale, Real) and scale >= 0):
+            raise ValueError(f"scale_adversarial_loss={scale!r}: 'auto', or a number of zero or more, is needed.")
+
+    def adversarial_weight(self, kl_weight: Any) -> Any:
+        """The weight of the adversary's loss now."""
+        return 1 - kl_weight if self.scale_adversarial_loss == "auto" else self.scale_adversarial_loss
+
+
 def make_plan(defaults: Plan, options: Mapping[str, Any] | None) -> Plan:
     """The defaults with ``plan_kwargs``; an unknown option is an error that names the nearest.
 
@@ -99,7 +127,7 @@ def make_plan(defaults: Plan, options: Mapping[str, Any] | None) -> Plan:
     TypeError
         If an option does not exist.
     """
-    check_options("plan_kwargs", options or {}, [f.name for f in fields(Plan)])
+    check_options("plan_kwargs", options or {}, [f.name for f in fields(defaults)])
     return replace(defaults, **(options or {}))
 
 

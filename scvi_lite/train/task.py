@@ -1,4 +1,4 @@
-"""The one LightningModule: any module with a ``loss`` is trained by it."""
+"""The one LightningModule: any :class:`~scvi_lite.nn.module.Module` is trained by it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from scvi_lite.nn.classifier import Adversary
+from scvi_lite.nn.module import Loss, Module
 from scvi_lite.train import checkpoint as saved
-from scvi_lite.train.plan import Plan, metric_names
+from scvi_lite.train.plan import AdversarialPlan, Plan, metric_names
 
 CHECK_EVERY = 50  # steps between looks for NaN: each look waits for the device
 REMEMBER_EVERY = 1000  # steps between copies of the weights, within an epoch
@@ -30,16 +32,24 @@ class Task(pl.LightningModule):
     Parameters
     ----------
     module
-        Has ``loss(batch, kl_weight)``.
+        What is trained.
     plan
         Optimiser, schedules, KL warm-up.
     history
         Metrics of earlier trainings of the module, by name and epoch; this one goes on from there.
+    adversary
+        Trained along with the module, against it; with an :class:`~scvi_lite.train.plan.AdversarialPlan`.
     """
 
-    def __init__(self, module: nn.Module, plan: Plan, history: Mapping[str, Mapping[int, float]] | None = None):
+    def __init__(
+        self,
+        module: Module,
+        plan: Plan,
+        history: Mapping[str, Mapping[int, float]] | None = None,
+        adversary: Adversary | None = None,
+    ):
         super().__init__()
-        self.module, self.plan = module, plan
+        self.module, self.plan, self.adversary = module, plan, adversary
         self.epoch_history = {name: dict(values) for name, values in (history or {}).items()}
         self.first_epoch = self.epoch_reached + 1 if self.epoch_history else 0
         self.latest: dict[str, float] = {}  #: ELBO of the last epoch, for the progress bar
@@ -89,10 +99,18 @@ class Task(pl.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         self._set_kl_weight()
-        loss = self.loss(self._as_computed(batch), self.kl_weight)
+        batch = self._as_computed(batch)
+        loss = self.loss(batch, self.kl_weight, **self.plan.loss_options)
         self._add("train", loss)
         self.steps += 1
-        return loss.total
+        return loss.total + self._adversarial_loss(loss, batch)
+
+    def _adversarial_loss(self, loss: Loss, batch: Any) -> Tensor | float:
+        adversary, plan = self.adversary, self.plan
+        if adversary is None or loss.z_nk is None:
+            return 0.0
+        weight = plan.adversarial_weight(self.kl_weight) if isinstance(plan, AdversarialPlan) else 1 - self.kl_weight
+        return adversary.loss(loss.z_nk, batch.batch_n[: len(loss.z_nk)], weight)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if (batch_idx + 1) % CHECK_EVERY == 0:
@@ -102,7 +120,8 @@ class Task(pl.LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         if batch.n_cells:
-            self._add("validation", self.module.loss(self._as_computed(batch), self.kl_weight))
+            options = self.plan.loss_options
+            self._add("validation", self.module.loss(self._as_computed(batch), self.kl_weight, **options))
 
     def _as_computed(self, batch: Any) -> Any:
         """In doubles where the network computes in doubles."""
@@ -125,11 +144,14 @@ class Task(pl.LightningModule):
 
     def _start_sums(self, part: str) -> None:
         dtype = torch.float32 if self.device.type == "mps" else torch.float64  # where doubles exist
-        self.sums[part], self.n_cells[part] = torch.zeros(3, dtype=dtype, device=self.device), 0
+        size = 3 + sum(map(math.prod, self.module.extra_shapes.values()))
+        self.sums[part], self.n_cells[part] = torch.zeros(size, dtype=dtype, device=self.device), 0
 
-    def _add(self, part: str, loss: Any) -> None:
-        terms = (loss.total.detach() * loss.n_cells, loss.reconstruction.detach(), loss.kl_local.detach())
-        self.sums[part] += torch.stack(terms)
+    def _add(self, part: str, loss: Loss) -> None:
+        terms = torch.stack([loss.total.detach() * loss.n_cells, loss.reconstruction.detach(), loss.kl_local.detach()])
+        if extra_shapes := self.module.extra_shapes:
+            terms = torch.cat([terms, *(loss.extra[name].detach().flatten() for name in extra_shapes)])
+        self.sums[part] += terms
         self.n_cells[part] += loss.n_cells
 
     def _reduced(self, part: str) -> Tensor:
@@ -138,10 +160,17 @@ class Task(pl.LightningModule):
         return self.trainer.strategy.reduce(sums, reduce_op="sum")
 
     def _means(self, part: str) -> dict[str, float]:
-        loss, reconstruction, kl, n = self._reduced(part).tolist()
-        n = max(n, 1.0)
+        """Metrics so far, over the cells of all ranks."""
+        sums = self._reduced(part).cpu()
+        loss, reconstruction, kl = sums[:3].tolist()
+        n = max(float(sums[-1]), 1.0)
         values = (loss / n, (reconstruction + kl) / n, reconstruction / n, kl / n, 0.0)
-        return dict(zip(metric_names(part), values, strict=True))
+        metrics = dict(zip(metric_names(part), values, strict=True))
+        if shapes := self.module.extra_shapes:
+            flat = sums[3:-1].split([math.prod(shape) for shape in shapes.values()])
+            extra = {name: values.view(shapes[name]) for name, values in zip(shapes, flat, strict=True)}
+            metrics |= {f"{name}_{part}": value for name, value in self.module.summarise(extra, n).items()}
+        return metrics
 
     def on_validation_start(self) -> None:
         self._share_buffers()
@@ -233,7 +262,7 @@ class Task(pl.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam, fused where that exists, and the plateau schedule if asked for."""
         plan = self.plan
-        parameters = [p for p in self.module.parameters() if p.requires_grad]
+        parameters = [p for p in self.parameters() if p.requires_grad]
         if plan.optimizer == "Custom":
             optimizer = plan.optimizer_creator(parameters)
         else:

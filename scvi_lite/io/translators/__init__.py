@@ -1,0 +1,13 @@
+"""For each model, from the weights that scvi-tools saves to ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from scvi_lite.io.translators import scvi
+from scvi_lite.io.translators.common import Setup
+
+TRANSLATORS: dict[str, Callable[[dict[str, Any], Setup], dict[str, Tensor]]] = {"SCVI": scvi.translate}

@@ -1,0 +1,143 @@
+"""From the arguments of ``train()`` to one fit: what the training of every model shares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from scvi_lite._settings import settings
+from scvi_lite.data.datamodule import CellDataModule, Split
+from scvi_lite.data.disk import load_for_training
+from scvi_lite.data.sampler import check_external, split_rows
+from scvi_lite.errors import check_options, warn
+from scvi_lite.train import options as asked
+from scvi_lite.train.checkpoint import Start, read_checkpoint
+from scvi_lite.train.fit import fit
+from scvi_lite.train.plan import heuristic_epochs, make_plan
+from scvi_lite.train.strategies import workers_needed
+from scvi_lite.train.task import Task, TrainingDivergedError
+
+if TYPE_CHECKING:
+    from scvi_lite.model.base import Model
+    from scvi_lite.nn.classifier import Adversary
+
+SPLITTING = ("external_indexing", "drop_last", "shuffle_over")
+
+
+def fit_model(
+    model: Model,
+    *,
+    max_epochs: int | None = None,
+    accelerator: str = "auto",
+    devices: int | list[int] | str = "auto",
+    train_size: float | None = None,
+    validation_size: float | None = None,
+    shuffle_set_split: bool = True,
+    batch_size: int | None = None,
+    early_stopping: bool = False,
+    datasplitter_kwargs: Mapping[str, Any] | None = None,
+    plan_kwargs: Mapping[str, Any] | None = None,
+    strategy: Any = "auto",
+    adversary: Adversary | None = None,
+    **trainer_kwargs: Any,
+) -> None:
+    """Train a model; arguments, and errors, of :meth:`~scvi_lite.model.base.Model.train`.
+
+    Parameters
+    ----------
+    adversary
+        Trained along with the module, against it.
+    """
+    model._check_can_train()
+    plan = make_plan(model.plan, plan_kwargs)
+    stopping, options = asked.sort_options({"early_stopping": early_stopping, **trainer_kwargs})
+    if max_epochs is not None:
+        asked.check_whole("max_epochs", max_epochs)
+        max_epochs = int(max_epochs)  # Lightning takes no integer of NumPy
+    elif "max_steps" not in options and "max_time" not in options:
+        max_epochs = heuristic_epochs(model.adata.n_obs)
+    batch_size = (settings.batch_size or 128) if batch_size is None else batch_size
+    asked.check_whole("batch_size", batch_size, least=2)
+    splitting = asked.without_needless(datasplitter_kwargs or {})
+    check_options("datasplitter_kwargs", splitting, SPLITTING)
+    options |= {"max_epochs": max_epochs, "accelerator": accelerator, "devices": devices, "strategy": strategy}
+    ckpt_path = options.get("ckpt_path")
+    start = _start(model, ckpt_path, splitting, train_size, validation_size, shuffle_set_split, batch_size)
+    n_validation = 0 if options.get("limit_val_batches") == 0 else len(start.split.validation)
+    asked.check_monitors(stopping, plan, options.get("callbacks"), n_validation, model.module.extra_metrics)
+    n_workers = workers_needed(options)
+
+    earlier = {name: frame.iloc[:, 0].to_dict() for name, frame in model._history.items()}
+    task = Task(model.module.train(), plan, earlier, adversary)
+    task.monitor_lr |= stopping.learning_rate_monitor
+    data = CellDataModule(
+        load_for_training(model.adata, model.registry),
+        start.split,
+        batch_size,
+        start.seed,
+        splitting.get("drop_last", False),
+        splitting.get("shuffle_over", "shard"),
+        source=(str(model.adata.filename), model.registry) if model.adata.isbacked else None,
+    )
+    data.skip_steps = start.skip_steps
+    try:
+        model.trainer, interrupted = fit(task, data, stopping, options, n_workers)
+    except TrainingDivergedError:
+        task.go_back()
+        raise
+    finally:
+        _adopt(model, task, data)
+    if interrupted:
+        warn(f"Training was interrupted in epoch {task.epoch_reached}. The model is kept as trained so far.")
+
+
+def _start(
+    model: Model,
+    ckpt_path: str | Path | None,
+    splitting: Mapping[str, Any],
+    train_size: float | None,
+    validation_size: float | None,
+    shuffle: bool,
+    batch_size: int,
+) -> Start:
+    """Where a training begins: with a new split of the cells, or where a checkpoint left off.
+
+    Raises
+    ------
+    ValueError
+        If a share is out of range, or there are fewer than two cells to train on.
+    """
+    n_cells = model.adata.n_obs
+    if ckpt_path is not None:
+        return read_checkpoint(ckpt_path, model.module, n_cells, batch_size)
+    seed = settings.seed if settings.seed is not None else int(torch.randint(1 << 31, ()))
+    if splitting.get("external_indexing") is not None:
+        split = Split(*check_external(splitting["external_indexing"], n_cells))
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        split = Split(*split_rows(n_cells, train_size, validation_size, shuffle, generator))
+    if len(split.train) < 2:
+        raise ValueError(
+            f"{len(split.train)} training cell(s) of {n_cells}: at least two are needed. Give more cells, or a "
+            "larger train_size."
+        )
+    return Start(split, seed)
+
+
+def _adopt(model: Model, task: Task, data: CellDataModule) -> None:
+    """Take over the history and the split of a training, however it ended."""
+    model.module.eval()
+    if not task.has_trained:
+        return
+    model._history = {
+        name: pd.Series(values, dtype=np.float64).rename_axis("epoch").to_frame(name)
+        for name, values in task.epoch_history.items()
+    }
+    model.train_indices, model.validation_indices = data.split.train, data.split.validation
+    model.test_indices = data.split.test
+    model.is_trained = True
