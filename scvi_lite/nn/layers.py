@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from scvi_lite.data.batch import Counts
 from scvi_lite.distributions.sparse import sparse_linear
 
+Activation = Callable[[Tensor], Tensor]
+
 
 class CovariateLinear(nn.Module):
     """A linear map of dense inputs and of categorical covariates.
@@ -60,16 +62,24 @@ class CovariateLinear(nn.Module):
 
 
 class Block(nn.Module):
-    """Linear → batch norm → layer norm → ReLU → dropout, the norms where switched on."""
+    """Linear → batch norm → layer norm → activation → dropout, the norms where switched on."""
 
     def __init__(
-        self, n_in: int, n_out: int, n_cats: Sequence[int], batch_norm: bool, layer_norm: bool, dropout_rate: float
+        self,
+        n_in: int,
+        n_out: int,
+        n_cats: Sequence[int],
+        batch_norm: bool,
+        layer_norm: bool,
+        dropout_rate: float,
+        activation: Activation = F.relu,
     ):
         super().__init__()
         self.linear = CovariateLinear(n_in, n_out, n_cats)
         self.batch_norm = nn.BatchNorm1d(n_out, momentum=0.01, eps=0.001) if batch_norm else None
         self.layer_norm = nn.LayerNorm(n_out, elementwise_affine=False) if layer_norm else None
         self.dropout_rate = dropout_rate
+        self.activation = activation
 
     def forward(self, x: Tensor | Counts, codes: Sequence[Tensor] = (), dense_nd: Tensor | None = None) -> Tensor:
         h = self.linear(x, codes, dense_nd)
@@ -77,7 +87,7 @@ class Block(nn.Module):
             h = self.batch_norm(h.flatten(0, -2)).view(h.shape)
         if self.layer_norm is not None:
             h = self.layer_norm(h)
-        return F.dropout(F.relu(h), self.dropout_rate, self.training)
+        return F.dropout(self.activation(h), self.dropout_rate, self.training)
 
 
 class Hidden(nn.Module):
@@ -91,6 +101,8 @@ class Hidden(nn.Module):
         Width and number of blocks.
     n_cats
         Number of categories of each categorical covariate.
+    activation
+        Of each block.
     """
 
     def __init__(
@@ -104,6 +116,7 @@ class Hidden(nn.Module):
         batch_norm: bool = True,
         layer_norm: bool = False,
         dropout_rate: float = 0.1,
+        activation: Activation = F.relu,
     ):
         super().__init__()
         self.deeply_inject = deeply_inject
@@ -115,6 +128,7 @@ class Hidden(nn.Module):
                 batch_norm,
                 layer_norm,
                 dropout_rate,
+                activation,
             )
             for i in range(n_layers)
         )
@@ -127,24 +141,24 @@ class Hidden(nn.Module):
         return h
 
 
-VARIANCE: dict[str, Callable[[Tensor], Tensor]] = {"exp": torch.exp, "softplus": F.softplus}
+VARIANCE: dict[str, Activation] = {"exp": torch.exp, "softplus": F.softplus}
 
 
 class Encoder(nn.Module):
     """Mean and standard deviation of a normal posterior.
 
-    ``variance = f(head) + 1e-4``, with ``f`` the exponential unless asked otherwise.
+    ``variance = f(head) + floor``, with ``f`` the exponential unless asked otherwise.
     """
 
-    def __init__(self, hidden: Hidden, n_hidden: int, n_out: int, var_activation: str = "exp"):
+    def __init__(self, hidden: Hidden, n_hidden: int, n_out: int, var_activation: str = "exp", floor: float = 1e-4):
         super().__init__()
         self.hidden = hidden
         self.loc = nn.Linear(n_hidden, n_out)
         self.log_var = nn.Linear(n_hidden, n_out)
-        self.variance = VARIANCE[var_activation]
+        self.variance, self.floor = VARIANCE[var_activation], floor
 
     def forward(
         self, x: Tensor | Counts, codes: Sequence[Tensor] = (), dense_nd: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         h = self.hidden(x, codes, dense_nd)
-        return self.loc(h), (self.variance(self.log_var(h)) + 1e-4).sqrt()
+        return self.loc(h), (self.variance(self.log_var(h)) + self.floor).sqrt()
