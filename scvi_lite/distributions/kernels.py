@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
@@ -271,18 +272,32 @@ def score_rows(
 
 
 @cache
-def _compiled() -> Any:
+def compiled(function: Callable[..., None]) -> Callable[..., None]:
+    """A function over the rows of a minibatch, compiled; the result is kept on disk where that can be written."""
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
     try:
-        return numba.njit(cache=True, **options)(score_rows)
+        return numba.njit(cache=True, **options)(function)
     except RuntimeError:  # nowhere to keep the result
-        return numba.njit(**options)(score_rows)
+        return numba.njit(**options)(function)
 
 
 @cache
 def _threads(pid: int) -> ThreadPoolExecutor:
     """Threads of this process; those of a parent do not survive a fork."""
     return ThreadPoolExecutor(thread_name_prefix="scvi_lite")
+
+
+def on_threads(function: Callable[..., None], n: int, g: int, arguments: Callable[[], Sequence[Any]]) -> None:
+    """Call a function over the rows of an (n, g) minibatch, each thread on a share of them.
+
+    It is given the first row and the one after the last of its share, and ``arguments()``, asked for anew each time.
+    """
+    n_threads = max(1, min(torch.get_num_threads(), n, n * g // MIN_WORK))
+    calls = [(k * n // n_threads, (k + 1) * n // n_threads, *arguments()) for k in range(n_threads)]
+    others = [_threads(os.getpid()).submit(function, *call) for call in calls[1:]]
+    function(*calls[0])
+    for other in others:
+        other.result()
 
 
 def _tables(log_theta: Tensor | None, theta: Tensor | None, n_nonzeros: int) -> tuple[Tensor | None, Tensor | None]:
@@ -312,20 +327,16 @@ def score(
     tables = _tables(log_theta, theta, x_m.shape[0])
     tensors = [start, col_m, x_m, logit_ng, top_n, library_n, log_theta, theta, *tables, dropout_ng]
     inputs = [None if t is None else t.detach().contiguous().numpy() for t in tensors]
-    n_threads = max(1, min(torch.get_num_threads(), n, n * g // MIN_WORK))
 
     def outputs(n_rows: int) -> list[Tensor | None]:
         return [None if t is None else logit_ng.new_empty(n_rows, g) for t in (logit_ng, log_theta, dropout_ng)]
 
     value_n, dlibrary_n, full = logit_ng.new_empty(n), logit_ng.new_empty(n), outputs(n if gradients else 0)
-    calls = []
-    for k in range(n_threads):
+
+    def arguments() -> list[Any]:  # without gradients, each thread has one row to write to
         grads = [None if t is None else t.numpy() for t in (full if gradients else outputs(1))]
-        rows = (k * n // n_threads, (k + 1) * n // n_threads)
-        calls.append((*rows, *inputs, value_n.numpy(), dlibrary_n.numpy(), *grads))
-    others = [_threads(os.getpid()).submit(_compiled(), *call) for call in calls[1:]]
-    _compiled()(*calls[0])
-    for other in others:
-        other.result()
+        return [*inputs, value_n.numpy(), dlibrary_n.numpy(), *grads]
+
+    on_threads(compiled(score_rows), n, g, arguments)
     dlogit_ng, dtheta_ng, ddropout_ng = full
     return value_n, (dlogit_ng, None if library_n is None else dlibrary_n, dtheta_ng, ddropout_ng)
