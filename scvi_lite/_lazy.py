@@ -20,8 +20,11 @@ def lazy(package: str, names: Mapping[str, str]) -> tuple[Callable[[str], Any], 
 
     def __getattr__(name: str) -> Any:
         if name not in names:
+            from scvi_lite._elsewhere import instead_of
             from scvi_lite.errors import nearest
 
+            if (cure := instead_of(package, name)) is not None:
+                raise AttributeError(cure)
             guess = nearest(name, names)
             hint = f" Did you mean {guess!r}?" if guess else ""
             raise AttributeError(f"{package} has no {name!r}.{hint}")

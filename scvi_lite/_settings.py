@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import random
-import warnings
 from pathlib import Path
 from typing import Any
 
-from scvi_lite.errors import unknown
+from scvi_lite.errors import unknown, warn
 
 NEEDLESS = {
     "dl_num_workers": "cells are gathered on the device, without loader processes",
@@ -116,7 +115,7 @@ class Settings:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in NEEDLESS:
-            warnings.warn(f"settings.{name} has no effect: {NEEDLESS[name]}.", UserWarning, stacklevel=2)
+            warn(f"settings.{name} has no effect: {NEEDLESS[name]}.")
             return
         known = [k for k, v in vars(Settings).items() if isinstance(v, property)]
         if not name.startswith("_") and name not in known:

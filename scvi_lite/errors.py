@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
+from numbers import Real
 from pathlib import Path
+from typing import Any
 
 MAX_OPTIONS = 10
 
@@ -112,9 +115,78 @@ def check_options(where: str, options: Iterable[str], known: Iterable[str]) -> N
             raise TypeError(f"{where} has no option {name!r}.{hint} It takes: {listing(sorted(known), 80)}.")
 
 
+def as_options(argument: str, options: Any) -> dict[str, Any]:
+    """The options of an argument that takes a dictionary or None.
+
+    Raises
+    ------
+    TypeError
+        If it is something else.
+
+    >>> as_options("plan_kwargs", {"lr": 0.1}), as_options("plan_kwargs", None)
+    ({'lr': 0.1}, {})
+    """
+    if options is not None and not isinstance(options, Mapping):
+        raise TypeError(
+            f"{argument}={options!r}: a dictionary of options is needed, as in {argument}={{'name': value}}."
+        )
+    return dict(options or {})
+
+
+def without_absent(
+    where: str, options: Mapping[str, Any], absent: Mapping[str, str], known: Iterable[str] | None = None
+) -> dict[str, Any]:
+    """The options without those of scvi-tools that are not here, which may be given as None, False or empty.
+
+    Parameters
+    ----------
+    where
+        The call.
+    options
+        What was given.
+    absent
+        Why each of the others is not here.
+    known
+        The options of the call; None if any others are fine.
+
+    Raises
+    ------
+    TypeError
+        If one of those not here has a value, or an option is not among the known.
+
+    >>> without_absent("load()", {"backup_url": None}, {"backup_url": "models are not downloaded"})
+    {}
+    """
+    for name in absent:
+        if options.get(name):
+            raise TypeError(f"{where} has no option {name!r}: {absent[name]}.")
+    left = {name: value for name, value in options.items() if name not in absent}
+    if known is not None:
+        check_options(where, left, known)
+    return left
+
+
+def without_needless(options: Mapping[str, Any], needless: Mapping[str, str]) -> dict[str, Any]:
+    """The options without those of no use here, of which a warning says why, unless they are None or False."""
+    for name, value in options.items():
+        if name in needless and value is not None and value is not False:
+            warn(f"{name} has no effect: {needless[name]}.")
+    return {name: value for name, value in options.items() if name not in needless}
+
+
+def check_number(least: float = 0, **numbers: Any) -> None:
+    """Refuse what is not a number of at least ``least``; None is left to the caller.
+
+    >>> check_number(delta=0.25, pseudocounts=None)
+    """
+    for name, value in numbers.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Real) or not value >= least):
+            raise ValueError(f"{name}={value!r}: a number of at least {least}, or None, is needed.")
+
+
 def warn(message: str) -> None:
     """Warn, pointing to the user's line: the first outside this package."""
-    package = str(Path(__file__).parent)
+    package = str(Path(__file__).parent) + os.sep
     level, frame = 2, sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
         level, frame = level + 1, frame.f_back

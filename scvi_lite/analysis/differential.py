@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scvi_lite.analysis.effects import Change, Draws, Pairs, Vanilla, make_test
+from scvi_lite.analysis.effects import Change, Draws, Pairs, Vanilla, levels, make_test, surest_first
 from scvi_lite.analysis.expression import decode_draws
 from scvi_lite.analysis.groups import Comparison, count_statistics, find_comparisons
 from scvi_lite.analysis.importance import OPTIONS, draw_latent
 from scvi_lite.analysis.inputs import needs_counts, whole_number
 from scvi_lite.analysis.latent import posterior_parameters
-from scvi_lite.errors import check_options, unknown
+from scvi_lite.errors import as_options, check_options, unknown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -62,7 +62,7 @@ def differential_expression(
     pseudocounts: float | None = None,
     threshold_counts: float = 0.01,
     test_mode: str = "three",
-    cred_interval_lvls: Sequence[float] | None = None,
+    cred_interval_lvls: float | Sequence[float] | None = None,
 ) -> pd.DataFrame:
     """Which genes differ between populations of cells, by how much, and how sure that is.
 
@@ -124,7 +124,7 @@ def differential_expression(
     test_mode
         In change mode: ``"three"`` tells up from down, ``"two"`` takes them together.
     cred_interval_lvls
-        In change mode: levels of credible intervals to add, e.g. ``[0.95]``.
+        In change mode: one or several levels of credible intervals to add, e.g. ``0.95``.
 
     Returns
     -------
@@ -163,7 +163,9 @@ def differential_expression(
         raise ValueError(unknown("weights", weights, ["uniform", "importance"]))
     if weights == "importance":
         needs_counts(model, "weights='importance'")
-    check_options("importance_weighting_kwargs", importance_weighting_kwargs or {}, OPTIONS)
+    check_options(
+        "importance_weighting_kwargs", as_options("importance_weighting_kwargs", importance_weighting_kwargs), OPTIONS
+    )
     whole_number(n_samples_overall=n_samples_overall, m_permutation=m_permutation)
     test = make_test(
         mode,
@@ -172,8 +174,8 @@ def differential_expression(
         effect=change_fn if callable(change_fn) else None,
         region=m1_domain_fn,
         test_mode=test_mode,
-        intervals=tuple(cred_interval_lvls or ()),
-        fdr_targets=tuple(np.atleast_1d(fdr_target).tolist()),
+        intervals=levels("cred_interval_lvls", cred_interval_lvls),
+        fdr_targets=levels("fdr_target", fdr_target),
     )
     codes = batch_pairing(model, batch_correction, batchid1, batchid2)
     adata = model._check(adata)
@@ -188,7 +190,7 @@ def differential_expression(
         return decode_draws(model, adata, rows, z_sk, codes, each_in_turn=True, batch_size=batch_size)
 
     return compare(
-        model, adata, comparisons, sampler, test, codes, model.get_var_names(),
+        model, adata, comparisons, sampler, test, codes, model._gene_names,
         all_stats=all_stats, silent=silent, threshold_counts=threshold_counts,
         n_permuted=m_permutation if use_permutation else None,
     )  # fmt: skip
@@ -228,7 +230,7 @@ def compare(
 
     groups = [rows for comparison in comparisons for rows in (comparison.rows1, comparison.rows2)]
     counted = not model.registry.fields["x"].get("minified")
-    statistics = count_statistics(model.registry.read(adata, "x"), groups) if counted else []
+    statistics = count_statistics(model.registry.rows(adata), groups) if counted else []
     frames = []
     for i, comparison in enumerate(tqdm(comparisons, disable=silent, unit="comparison")):
         draws = []
@@ -245,9 +247,7 @@ def compare(
         columns |= test.decide(columns)
         if comparison.name is not None:
             columns |= {"comparison": comparison.name, "group1": comparison.group1, "group2": comparison.group2}
-        frames.append(
-            pd.DataFrame(columns, index=list(names)).sort_values(test.sort_by, ascending=False, kind="stable")
-        )
+        frames.append(pd.DataFrame(columns, index=list(names)).iloc[surest_first(columns, test.sort_by)])
     return pd.concat(frames)
 
 

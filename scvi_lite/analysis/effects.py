@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
+from numbers import Real
 from typing import Any
 
 import numpy as np
 import torch
 
-from scvi_lite.errors import unknown
+from scvi_lite.errors import check_number, unknown
 
 EPS = 1e-8
 BLOCK = 1 << 19  # numbers of a block of genes: 2 MiB, which stay in the processor's cache
@@ -132,22 +133,17 @@ class Change:
     def __post_init__(self) -> None:
         if self.test_mode not in ("two", "three"):
             raise ValueError(unknown("test_mode", self.test_mode, ["two", "three"]))
-        for name, value in {"delta": self.delta, "pseudocounts": self.pseudocounts}.items():
-            if value is not None and not value >= 0:
-                raise ValueError(f"{name}={value!r}: a number of at least 0, or None to estimate it, is needed.")
-        for name, levels in {"fdr_target": self.fdr_targets, "cred_interval_lvls": self.intervals}.items():
-            if any(not 0 < level < 1 for level in levels):
-                raise ValueError(f"{name}={list(levels)!r}: numbers between 0 and 1 are needed.")
+        check_number(delta=self.delta, pseudocounts=self.pseudocounts)
 
     def __call__(self, one: Draws, two: Draws, pairs: Pairs) -> Columns:
         """Columns of the result, (g,) each."""
         offset = estimate_pseudocounts(one, two) if self.pseudocounts is None else self.pseudocounts
         effect = self._effect_with(np.float32(offset))
-        levels = [q for level in self.intervals for q in ((1 - level) / 2, (1 + level) / 2)]
+        edges = [q for level in self.intervals for q in ((1 - level) / 2, (1 + level) / 2)]
         parts, p_parts = [], []
         for x1, x2 in pairs.blocks(one, two):
             effect_gs = effect(x1, x2)
-            parts.append(_summary(effect_gs, levels))
+            parts.append(_summary(effect_gs, edges))
             if self.delta is not None:
                 p_parts.append(self.probability(effect_gs, self.delta))
         about = {name: np.concatenate([part[name] for part in parts], axis=-1) for name in parts[0]}
@@ -248,6 +244,33 @@ def estimate_delta(effect_g: np.ndarray) -> float:
     fit = GaussianMixture(3, means_init=[[-reach], [0.0], [reach]], random_state=0).fit(effect_g[:, None])
     low, _, high = np.sort(fit.means_[:, 0])
     return max(SMALLEST_DELTA, (abs(low) + abs(high)) / 4)
+
+
+def levels(argument: str, given: float | Sequence[float] | None) -> tuple[float, ...]:
+    """One level or several as a tuple.
+
+    Raises
+    ------
+    ValueError
+        If they are not numbers between 0 and 1.
+
+    >>> levels("fdr_target", 0.05), levels("cred_interval_lvls", None), levels("cred_interval_lvls", [0.5, 0.9])
+    ((0.05,), (), (0.5, 0.9))
+    """
+    several = [] if given is None else np.atleast_1d(np.asarray(given, dtype=object)).tolist()
+    if not all(isinstance(level, Real) and 0 < level < 1 for level in several):
+        raise ValueError(f"{argument}={given!r}: numbers between 0 and 1 are needed.")
+    return tuple(map(float, several))
+
+
+def surest_first(columns: Columns, by: str) -> np.ndarray:
+    """Order of the genes: by a column, falling, and where it ties by the size of the change.
+
+    >>> surest_first({"proba_de": np.array([0.5, 1.0, 1.0]), "lfc_mean": np.array([9.0, 1.0, -2.0])}, "proba_de")
+    array([2, 1, 0])
+    """
+    change_g = columns["lfc_mean"] if "lfc_mean" in columns else columns["scale1"] - columns["scale2"]
+    return np.lexsort((-np.abs(change_g), -columns[by]))
 
 
 def make_test(mode: str, **options: Any) -> Vanilla | Change:

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from scvi_lite.data.fields import obs_column
+from scvi_lite.data.columns import obs_column
 from scvi_lite.data.rows import Rows
 from scvi_lite.errors import unknown
 
@@ -109,7 +109,7 @@ def _select(model: Model, adata: AnnData, argument: str, selection: Any) -> np.n
                 "An example: \"cell_type == 'B'\"."
             ) from None
     else:
-        rows = model._rows(adata, selection)
+        rows = model._rows(adata, selection, argument)
     if len(rows) == 0:
         raise ValueError(f"{argument} selects no cells.")
     return rows
@@ -123,7 +123,7 @@ def count_statistics(matrix: Any, groups: Sequence[np.ndarray]) -> list[dict[str
     Parameters
     ----------
     matrix
-        (n, g) sparse, dense or backed.
+        (n, g) sparse, dense or backed; or their rows in another order.
     groups
         Rows of each group.
 
@@ -138,7 +138,7 @@ def count_statistics(matrix: Any, groups: Sequence[np.ndarray]) -> list[dict[str
     n_cells, n_genes = matrix.shape
     row, group = np.concatenate(groups), np.repeat(np.arange(len(groups)), [len(rows) for rows in groups])
     member_nk = sparse.csr_array((np.ones(len(row)), (row, group)), shape=(n_cells, len(groups)))
-    sums, source = np.zeros((3, len(groups), n_genes)), Rows(matrix)
+    sums, source = np.zeros((3, len(groups), n_genes)), matrix if isinstance(matrix, Rows) else Rows(matrix)
     for start in range(0, n_cells, BLOCK_OF_CELLS):
         cells = slice(start, min(n_cells, start + BLOCK_OF_CELLS))
         x_gn = source[np.arange(cells.start, cells.stop)].astype(np.float64).T

@@ -17,7 +17,7 @@ from torch import Tensor
 from scvi_lite.analysis.inputs import NUMBERS_AT_ONCE, draw, minibatch_size, needs_counts, whole_number
 from scvi_lite.analysis.latent import log_density, posterior_parameters
 from scvi_lite.analysis.likelihood import log_evidence, log_normal
-from scvi_lite.errors import check_options
+from scvi_lite.errors import as_options, check_options
 from scvi_lite.nn.normal import draw_normal
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def draw_latent(
     tuple
         Rows of the cells (s,), and positions before the softmax of a logistic normal (s, k), on the CPU.
     """
-    options = dict(importance_weighting_kwargs or {})
+    options = as_options("importance_weighting_kwargs", importance_weighting_kwargs)
     check_options("importance_weighting_kwargs", options, OPTIONS)
     if weights == "importance":
         rows = subset(rows, options.get("max_cells", MAX_CELLS))

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from scvi_lite._settings import settings
-from scvi_lite.errors import StateError, listing, nearest
+from scvi_lite.errors import StateError, UnknownKeyError, listing, nearest, unknown
 
 if TYPE_CHECKING:
+    from anndata import AnnData
+
     from scvi_lite.model.base import Model
 
 NUMBERS_AT_ONCE = 1 << 23  # size of the largest temporary array: 32 MiB in float32, which stays near the processor
@@ -29,6 +31,46 @@ def whole_number(**numbers: Any) -> None:
             raise ValueError(f"{name}={value!r}: a whole number of at least 1 is needed.")
 
 
+def cell_rows(adata: AnnData, indices: Any, argument: str = "indices") -> np.ndarray:
+    """Row numbers (n,) int64 from numbers, a mask, a slice, names of cells, or None for all cells.
+
+    Raises
+    ------
+    IndexError
+        If a row does not exist, or it is none of these.
+    KeyError
+        If a name is not one of ``adata.obs_names``.
+    """
+    if indices is None:
+        return np.arange(adata.n_obs)
+    rows = np.arange(adata.n_obs)[indices] if isinstance(indices, slice) else np.asarray(indices)
+    if rows.dtype == bool:
+        if rows.shape != (adata.n_obs,):
+            raise IndexError(f"{argument}: a mask of {rows.size} cells was given for {adata.n_obs} cells.")
+        return np.flatnonzero(rows)
+    if rows.size == 0:
+        return np.zeros(0, dtype=np.int64)
+    if rows.ndim == 1 and all(isinstance(name, str) for name in rows[:1]):
+        return _rows_of_names(adata, rows, argument)
+    if rows.dtype.kind not in "ui" or rows.ndim != 1:
+        raise IndexError(
+            f"{argument}: whole numbers, a mask, a slice or names of cells are needed; {rows.dtype} of shape "
+            f"{rows.shape} was given."
+        )
+    if rows.min() < -adata.n_obs or rows.max() >= adata.n_obs:
+        raise IndexError(f"{argument}: {rows.min()} to {rows.max()} were given; adata has {adata.n_obs} cells.")
+    return np.where(rows < 0, rows + adata.n_obs, rows).astype(np.int64)
+
+
+def _rows_of_names(adata: AnnData, names: np.ndarray, argument: str) -> np.ndarray:
+    if not adata.obs_names.is_unique:
+        raise ValueError(f"{argument}: names were given, and adata.obs_names repeats some. Give row numbers or a mask.")
+    rows = adata.obs_names.get_indexer(names)
+    if (rows < 0).any():
+        raise UnknownKeyError(unknown(argument, names[rows < 0][0], adata.obs_names, "a name of a cell", "Cells"))
+    return rows.astype(np.int64)
+
+
 def gene_positions(model: Model, gene_list: Sequence[str] | None) -> np.ndarray | None:
     """Positions of genes among the model's, in the order asked for; None for all genes.
 
@@ -43,7 +85,7 @@ def gene_positions(model: Model, gene_list: Sequence[str] | None) -> np.ndarray 
         raise ValueError(f"gene_list={gene_list!r}: a list of names is needed. Write gene_list=[{gene_list!r}].")
     if str(getattr(gene_list, "dtype", "")) in ("bool", "boolean"):
         raise ValueError("gene_list is a mask; names are needed. Write gene_list=adata.var_names[mask].")
-    names, wanted = model.get_var_names(), [str(gene) for gene in gene_list]
+    names, wanted = model._gene_names, [str(gene) for gene in gene_list]
     if not wanted:
         raise ValueError("gene_list is empty. Name at least one gene, or leave it out for all of them.")
     position_of = {name: i for i, name in enumerate(names)}

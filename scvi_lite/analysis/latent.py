@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -177,7 +178,7 @@ def get_aggregated_posterior(
         If ``dof`` is not positive, or there are no cells.
     """
     model._warn_if_untrained()
-    if dof is not None and not dof > 0:
+    if dof is not None and not (isinstance(dof, Real) and dof > 0):
         raise ValueError(f"dof={dof!r}: a positive number, or None for normal components, is needed.")
     return mixture(*posterior_parameters(model, adata, indices, batch_size), dof)
 

@@ -3,33 +3,32 @@
 from __future__ import annotations
 
 import logging
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pandas as pd
 import torch
 
+from scvi_lite._elsewhere import instead_of
 from scvi_lite._settings import settings
-from scvi_lite.analysis.inputs import whole_number
-from scvi_lite.analysis.minify import setup_for
+from scvi_lite.analysis.inputs import cell_rows, whole_number
 from scvi_lite.data import registry as registries
 from scvi_lite.data.batch import Batch
 from scvi_lite.data.disk import LazyStore
 from scvi_lite.data.fields import Field
 from scvi_lite.data.genes import match_genes
+from scvi_lite.data.modalities import is_mudata
 from scvi_lite.data.registry import Registry, describe_field
 from scvi_lite.errors import StateError, listing, unknown, warn
+from scvi_lite.model import files
 from scvi_lite.nn.module import Module
-from scvi_lite.train.devices import choose_device
 from scvi_lite.train.plan import Plan
 
 if TYPE_CHECKING:
     from anndata import AnnData
-
-    from scvi_lite.io.folder import SavedModel
 
 logger = logging.getLogger("scvi_lite")
 
@@ -54,20 +53,23 @@ class Model(ABC):
     """
 
     plan: ClassVar[Plan] = Plan()  #: default options of the training
+    reads_mudata: ClassVar[bool] = False  #: whether it has ``setup_mudata``
 
     def __init__(self, adata: AnnData, arguments: dict[str, Any]):
-        registries.check_anndata(adata)
+        if not (self.reads_mudata and is_mudata(adata)):
+            registries.check_anndata(adata)
         self._build(adata, registries.find(adata, type(self).__name__), arguments)
 
     def _build(self, adata: AnnData, registry: Registry, arguments: dict[str, Any]) -> None:
-        self._adata, self.registry, self._arguments = adata, registry, arguments
-        self._var_names = adata.var_names.astype(str).tolist()
+        self._adata, self.registry = adata, registry
+        self._arguments = {name: x.item() if isinstance(x, np.generic) else x for name, x in arguments.items()}
+        self._var_names = registry.var_names(adata)
         self.is_trained = False
         self._history: dict[str, pd.DataFrame] = {}
         self.train_indices: np.ndarray | None = None
         self.validation_indices: np.ndarray | None = None
         self.test_indices: np.ndarray | None = None
-        self.module = self._make_module(arguments).eval()
+        self.module = self._make_module(self._arguments).eval()
         self.trainer: Any = None
 
     @abstractmethod
@@ -98,31 +100,7 @@ class Model(ABC):
             self.registry.check(adata)
         return adata
 
-    @staticmethod
-    def _rows(adata: AnnData, indices: Any) -> np.ndarray:
-        """Row numbers (n,) int64 from numbers, a mask, or nothing for all cells.
-
-        Raises
-        ------
-        IndexError
-            If a row does not exist.
-        """
-        if indices is None:
-            return np.arange(adata.n_obs)
-        rows = np.asarray(indices)
-        if rows.dtype == bool:
-            if rows.shape != (adata.n_obs,):
-                raise IndexError(f"indices: a mask of {rows.size} cells was given for {adata.n_obs} cells.")
-            return np.flatnonzero(rows)
-        if rows.size == 0:
-            return np.zeros(0, dtype=np.int64)
-        if rows.dtype.kind not in "ui" or rows.ndim != 1:
-            raise IndexError(
-                f"indices: whole numbers or a mask are needed; {rows.dtype} of shape {rows.shape} was given."
-            )
-        if rows.min() < -adata.n_obs or rows.max() >= adata.n_obs:
-            raise IndexError(f"indices: {rows.min()} to {rows.max()} were given; adata has {adata.n_obs} cells.")
-        return np.where(rows < 0, rows + adata.n_obs, rows).astype(np.int64)
+    _rows = staticmethod(cell_rows)
 
     def _minibatches(
         self, adata: AnnData | None = None, indices: Any = None, batch_size: int | None = None
@@ -170,9 +148,15 @@ class Model(ABC):
         r = self.registry
         return {"n_cells": r.n_cells, "n_vars": r.n_features, "n_batch": r.n_batches, "n_labels": r.n_labels}
 
-    def get_var_names(self) -> list[str]:
-        """Names of the genes, in the order the model reads them."""
-        return list(self._var_names)
+    def get_var_names(self) -> list[str] | dict[str, list[str]]:
+        """Names of the genes in the order the model reads them; of a MuData, names of the features by modality."""
+        return self._var_names.copy()
+
+    @property
+    def _gene_names(self) -> list[str]:
+        """Names of the features of the counts ``x``."""
+        modality = self.registry.modalities.get("x")
+        return self._var_names if modality is None else self._var_names[modality]
 
     # Training ---------------------------------------------------------------------------------------------------------
 
@@ -235,10 +219,7 @@ class Model(ABC):
         TrainingDivergedError
             If the loss becomes NaN or infinite.
         """
-        from scvi_lite.model.training import fit_model
-
-        fit_model(
-            self,
+        self._fit(
             max_epochs=max_epochs,
             accelerator=accelerator,
             devices=devices,
@@ -252,6 +233,14 @@ class Model(ABC):
             strategy=strategy,
             **trainer_kwargs,
         )
+
+    def _fit(self, **arguments: Any) -> None:
+        """Train; arguments of :func:`~scvi_lite.model.training.fit_model`."""
+        if "lightning.pytorch" not in sys.modules and arguments.get("enable_progress_bar", True):
+            logger.info("Loading Lightning, once in a session ...")  # it takes seconds, before there is a bar
+        from scvi_lite.model.training import fit_model
+
+        fit_model(self, **arguments)
 
     def _check_can_train(self) -> None:
         """Refuse what cannot be trained; models add to it."""
@@ -283,137 +272,8 @@ class Model(ABC):
 
     # Files ------------------------------------------------------------------------------------------------------------
 
-    def save(
-        self,
-        dir_path: str | Path,
-        prefix: str | None = None,
-        overwrite: bool = False,
-        save_anndata: bool = False,
-        **anndata_write_kwargs: Any,
-    ) -> None:
-        """Save the model to a folder: ``model.safetensors`` and ``model.json``.
-
-        With several ranks, all may call it: the first writes, and all go on when it is done.
-
-        Parameters
-        ----------
-        dir_path
-            The folder.
-        prefix
-            Put before the names of the files.
-        overwrite
-            Replace a model that is there.
-        save_anndata
-            Save the data with it, as ``adata.h5ad``.
-        **anndata_write_kwargs
-            Options of ``AnnData.write_h5ad``.
-
-        Raises
-        ------
-        FileExistsError
-            If the folder holds files and ``overwrite`` is False.
-        """
-        from scvi_lite.io.folder import write_folder
-        from scvi_lite.train.ranks import on_first_rank
-
-        def write_data(folder: Path) -> None:
-            self.adata.write_h5ad(folder / f"{prefix or ''}adata.h5ad", **anndata_write_kwargs)
-
-        if anndata_write_kwargs and not save_anndata:
-            raise TypeError(
-                f"save() has no option {next(iter(anndata_write_kwargs))!r}; options of AnnData.write_h5ad go with "
-                "save_anndata=True."
-            )
-        on_first_rank(
-            lambda: write_folder(
-                dir_path,
-                self._to_saved(),
-                prefix=prefix or "",
-                overwrite=overwrite,
-                write_data=write_data if save_anndata else None,
-            ),
-            f"save {dir_path} {prefix} {sum(float(p.detach().double().sum()) for p in self.module.parameters())}",
-        )
-
-    def _to_saved(self) -> SavedModel:
-        from scvi_lite import __version__
-        from scvi_lite.io.folder import SavedModel
-
-        split = {"train": self.train_indices, "validation": self.validation_indices, "test": self.test_indices}
-        return SavedModel(
-            class_name=type(self).__name__,
-            arguments=self._arguments,
-            registry=self.registry.to_dict(),
-            var_names=self._var_names,
-            state=self.module.state_dict(),
-            history=self._history,
-            indices={part: rows for part, rows in split.items() if rows is not None},
-            is_trained=self.is_trained,
-            version=__version__,
-        )
-
-    @classmethod
-    def load(
-        cls,
-        dir_path: str | Path,
-        adata: AnnData | None = None,
-        accelerator: str = "auto",
-        device: int | str = "auto",
-        prefix: str | None = None,
-    ) -> Self:
-        """Load a model from a folder that :meth:`save`, or scvi-tools, wrote. No code is run from it.
-
-        Parameters
-        ----------
-        dir_path
-            The folder.
-        adata
-            Data for the model, with the genes it was trained on in any order. Not needed if they were saved with it.
-        accelerator, device
-            Where to put the model; a GPU if there is one.
-        prefix
-            What the names of the files begin with.
-
-        Raises
-        ------
-        FileNotFoundError
-            If there is no model, or no data.
-        ValueError
-            If the files are damaged or foreign, hold another class, or do not fit ``adata``.
-        """
-        from scvi_lite.io import scvi_tools
-        from scvi_lite.io.folder import read_folder
-        from scvi_lite.io.restore import read_data
-
-        prefix = prefix or ""
-        foreign = scvi_tools.is_scvi_tools_folder(dir_path, prefix)
-        saved = scvi_tools.read_scvi_tools(dir_path, prefix) if foreign else read_folder(dir_path, prefix)
-        if saved.class_name != cls.__name__:
-            raise ValueError(
-                f"{dir_path} holds a {saved.class_name}, not a {cls.__name__}. Load it with "
-                f"{saved.class_name}.load(...)."
-            )
-        if adata is None:
-            adata = read_data(dir_path, prefix, foreign)
-        model = cls._from_saved(saved, adata)
-        model.to_device(choose_device(accelerator, device))
-        return model
-
-    @classmethod
-    def _from_saved(cls, saved: SavedModel, adata: AnnData) -> Self:
-        from scvi_lite.io.restore import check_names, check_sizes, load_weights
-
-        model = cls.__new__(cls)
-        registry = setup_for(Registry.from_dict(saved.registry), adata)
-        adata = match_genes(adata, check_names(saved.var_names, registry))
-        registry.check(adata)
-        check_sizes(saved.arguments, saved.state)
-        model._build(adata, registry, saved.arguments)
-        load_weights(model.module, saved.state)
-        model.is_trained, model._history = saved.is_trained, saved.history
-        for part, rows in saved.indices.items():
-            setattr(model, f"{part}_indices", rows)
-        return model
+    save = files.save
+    load = classmethod(files.load)  # type: ignore[var-annotated]
 
     # For people -------------------------------------------------------------------------------------------------------
 
@@ -431,6 +291,12 @@ class Model(ABC):
             for where, what in describe_field(state):
                 table.add_row(*[name, state["kind"], where, what][: len(columns)])
         Console().print(table)
+
+    def __getattr__(self, name: str) -> Any:
+        """Called for what is not there: say what to use instead of a name that scvi-tools has."""
+        raise AttributeError(
+            instead_of("Model", name) or f"{type(self).__name__} has no attribute {name!r}.", name=name
+        )
 
     def __repr__(self) -> str:
         given = ", ".join(f"{name}={value!r}" for name, value in self._arguments.items())

@@ -14,7 +14,7 @@ from scvi_lite._settings import settings
 from scvi_lite.data.datamodule import CellDataModule, Split
 from scvi_lite.data.disk import load_for_training
 from scvi_lite.data.sampler import check_external, split_rows
-from scvi_lite.errors import check_options, warn
+from scvi_lite.errors import as_options, check_options, warn, without_needless
 from scvi_lite.train import options as asked
 from scvi_lite.train.checkpoint import Start, read_checkpoint
 from scvi_lite.train.fit import fit
@@ -61,9 +61,11 @@ def fit_model(
         max_epochs = int(max_epochs)  # Lightning takes no integer of NumPy
     elif "max_steps" not in options and "max_time" not in options:
         max_epochs = heuristic_epochs(model.adata.n_obs)
+    if shuffle_set_split not in (True, False):
+        raise ValueError(f"shuffle_set_split={shuffle_set_split!r}: True or False is needed.")
     batch_size = (settings.batch_size or 128) if batch_size is None else batch_size
     asked.check_whole("batch_size", batch_size, least=2)
-    splitting = asked.without_needless(datasplitter_kwargs or {})
+    splitting = without_needless(as_options("datasplitter_kwargs", datasplitter_kwargs), asked.NEEDLESS)
     check_options("datasplitter_kwargs", splitting, SPLITTING)
     options |= {"max_epochs": max_epochs, "accelerator": accelerator, "devices": devices, "strategy": strategy}
     ckpt_path = options.get("ckpt_path")

@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 
 from scvi_lite._settings import settings
-from scvi_lite.errors import check_options, unknown, warn
+from scvi_lite.errors import check_options, unknown, without_needless
 from scvi_lite.train.plan import Plan, is_of_validation, metric_names
 from scvi_lite.train.strategies import as_list
 
@@ -82,14 +82,6 @@ def check_whole(name: str, value: Any, least: int = 1) -> None:
         raise ValueError(f"{name}={value!r}: a whole number of at least {least} is needed.")
 
 
-def without_needless(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options without those that have no use here, of which a warning says why."""
-    for name in options:
-        if name in NEEDLESS:
-            warn(f"{name} has no effect: {NEEDLESS[name]}.")
-    return {name: value for name, value in options.items() if name not in NEEDLESS}
-
-
 def sort_options(options: Mapping[str, Any]) -> tuple[Stopping, dict[str, Any]]:
     """Sort the options of ``train`` into ours and those of ``lightning.Trainer``.
 
@@ -100,7 +92,7 @@ def sort_options(options: Mapping[str, Any]) -> tuple[Stopping, dict[str, Any]]:
     ValueError
         If the precision is too low for counts.
     """
-    options = without_needless(options)
+    options = without_needless(options, NEEDLESS)
     for name in INSTEAD:
         if options.pop(name, None) is not None:
             raise TypeError(f"train() has no option {name!r}: {INSTEAD[name]}.")

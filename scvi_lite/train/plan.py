@@ -7,9 +7,16 @@ from dataclasses import dataclass, fields, replace
 from numbers import Real
 from typing import Any
 
-from scvi_lite.errors import check_options, unknown
+from scvi_lite.errors import as_options, check_options, unknown, without_absent, without_needless
 
 OPTIMIZERS = ("Adam", "AdamW", "Custom")
+NEEDLESS = {
+    "on_step": "metrics are those of an epoch; a logger gets the loss of steps from log_every_n_steps",
+    "on_epoch": "metrics are those of an epoch",
+}
+ABSENT = {
+    "update_only_decoder": "freeze what shall stay, e.g. model.module.encoder.requires_grad_(False)",
+}
 METRICS = ("elbo", "reconstruction_loss", "kl_local", "kl_global")
 
 
@@ -127,8 +134,9 @@ def make_plan(defaults: Plan, options: Mapping[str, Any] | None) -> Plan:
     TypeError
         If an option does not exist.
     """
-    check_options("plan_kwargs", options or {}, [f.name for f in fields(defaults)])
-    return replace(defaults, **(options or {}))
+    given = without_absent("plan_kwargs", without_needless(as_options("plan_kwargs", options), NEEDLESS), ABSENT)
+    check_options("plan_kwargs", given, [f.name for f in fields(defaults)])
+    return replace(defaults, **given)
 
 
 def heuristic_epochs(n_cells: int) -> int:

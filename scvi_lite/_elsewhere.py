@@ -1,0 +1,73 @@
+"""Names that users of scvi-tools look for and that are not here, with what to use instead."""
+
+from __future__ import annotations
+
+READERS = "files are read by scanpy and anndata: scanpy.read_10x_h5, scanpy.read_text, anndata.io.read_loom, ..."
+DATA_SETS = "data sets are not downloaded here; scvi_lite.data.pbmc68k_reduced() and simulate() need no download"
+PLAIN_SETUP = "the setup is plain data: model.registry['setup_args'], model.registry.read(adata, 'x')"
+SETTINGS_OF_TRAINING = "give plan_kwargs={...} to train(): see scvi_lite.train.Plan"
+ONE_TRAINER = "train() of a model calls lightning.Trainer, with the options that it is given"
+OWN_CODE = "modules are beside their models: scvi_lite.model.scvi.SCVIModule, or model.module of a model"
+
+INSTEAD: dict[str, dict[str, str]] = {
+    "scvi_lite": {
+        "REGISTRY_KEYS": "a minibatch is a scvi_lite.data.Batch, with the attributes x, batch_n, label_n, ...",
+        "criticism": "start from model.posterior_predictive_sample() and model.adata.X",
+        "autotune": "call train() with the options to try, and compare model.history['elbo_validation']",
+        "hub": "a saved model is a folder of plain files, to be shared as any other: model.save(), SCVI.load()",
+        "external": "scvi_lite.MODELS lists the models",
+        "dataloaders": "train() takes datasplitter_kwargs, and an AnnData may be backed by a file",
+        "module": OWN_CODE,
+        "nn": "building blocks are imported by name, as in `from scvi_lite.nn.layers import ...`",
+        "utils": "there are none",
+    },
+    "scvi_lite.data": {
+        **dict.fromkeys(("AnnDataManager", "fields"), PLAIN_SETUP),
+        **dict.fromkeys(("read_10x_atac", "read_10x_multiome", "read_csv", "read_loom", "read_text"), READERS),
+        **dict.fromkeys(
+            (
+                "brainlarge_dataset", "breast_cancer_dataset", "cellxgene", "cortex", "dataset_10x",
+                "frontalcortex_dropseq", "heart_cell_atlas_subsampled", "mouse_ob_dataset", "pbmc_dataset",
+                "pbmc_seurat_v4_cite_seq", "pbmcs_10x_cite_seq", "prefrontalcortex_starmap", "purified_pbmc_dataset",
+                "retina", "smfish", "spleen_lymph_cite_seq",
+            ),
+            DATA_SETS,
+        ),
+    },
+    "scvi_lite.model": {"base": "the base of all models is scvi_lite.model.Model"},
+    "scvi_lite.train": {
+        "SaveCheckpoint": "give enable_checkpointing=True and checkpointing_monitor=... to train()",
+        "LoudEarlyStopping": "give early_stopping=True to train()",
+        **dict.fromkeys(("Trainer", "TrainRunner", "TrainerConfig"), ONE_TRAINER),
+        **dict.fromkeys(
+            ("TrainingPlan", "TrainingPlanConfig", "AdversarialTrainingPlan", "SemiSupervisedTrainingPlan"),
+            SETTINGS_OF_TRAINING,
+        ),
+    },
+    "Model": {
+        **dict.fromkeys(
+            (
+                "adata_manager", "data_registry", "get_anndata_manager", "get_from_registry", "get_setup_arg",
+                "get_state_registry", "transfer_fields", "view_setup_method_args",
+            ),
+            PLAIN_SETUP,
+        ),
+        "deregister_manager": "nothing is kept outside the model and adata.uns['scvi_lite']",
+        "summary_string": "print the model, or see model.summary_stats",
+        "view_registry": "call model.view_anndata_setup()",
+        "load_registry": "call `scvi-lite info FOLDER` in a shell",
+        "convert_legacy_save": "load() reads folders that scvi-tools saved",
+        "run_id": "name the run in a logger of Lightning: train(logger=...)",
+        "run_name": "name the run in a logger of Lightning: train(logger=...)",
+    },
+}  # fmt: skip
+
+
+def instead_of(place: str, name: str) -> str | None:
+    """What to use instead of a name of scvi-tools; None for any other name.
+
+    >>> instead_of("Model", "view_registry")
+    "Model has no 'view_registry', which scvi-tools has: call model.view_anndata_setup()."
+    """
+    cure = INSTEAD.get(place, {}).get(name)
+    return None if cure is None else f"{place} has no {name!r}, which scvi-tools has: {cure}."

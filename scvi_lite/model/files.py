@@ -1,0 +1,197 @@
+"""Saving a model to a folder, and loading it again."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from scvi_lite.analysis.minify import setup_for
+from scvi_lite.data.genes import match_genes
+from scvi_lite.data.modalities import is_mudata
+from scvi_lite.data.registry import Registry
+from scvi_lite.errors import without_absent
+from scvi_lite.train.devices import choose_device
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from scvi_lite.io.folder import SavedModel
+    from scvi_lite.model.base import Model
+
+M = TypeVar("M", bound="Model")
+
+SAVE_ABSENT = {
+    "save_kwargs": "weights are no pickle, and torch.save is not called",
+    "legacy_mudata_format": "there is one format",
+    "datamodule": "cells that do not fit in memory are read from a backed AnnData",
+}
+LOAD_ABSENT = {
+    "backup_url": "models are not downloaded",
+    "datamodule": "cells that do not fit in memory are read from a backed AnnData",
+    "allowed_classes_names_list": "a folder is loaded with the class that it holds",
+}
+
+
+def save(
+    model: Model,
+    dir_path: str | Path,
+    prefix: str | None = None,
+    overwrite: bool = False,
+    save_anndata: bool = False,
+    **anndata_write_kwargs: Any,
+) -> None:
+    """Save the model to a folder: ``model.safetensors`` and ``model.json``.
+
+    With several ranks, all may call it: the first writes, and all go on when it is done.
+
+    Parameters
+    ----------
+    dir_path
+        The folder.
+    prefix
+        Put before the names of the files.
+    overwrite
+        Replace a model that is there.
+    save_anndata
+        Save the data with it, as ``adata.h5ad`` or ``mdata.h5mu``.
+    **anndata_write_kwargs
+        Options of ``AnnData.write_h5ad``, or of ``MuData.write_h5mu``.
+
+    Raises
+    ------
+    FileExistsError
+        If the folder holds files and ``overwrite`` is False.
+    TypeError
+        If ``dir_path`` is no path, or an option does not exist.
+    """
+    from scvi_lite.io.folder import write_folder
+    from scvi_lite.train.ranks import on_first_rank
+
+    check_path(dir_path)
+    options = without_absent("save()", anndata_write_kwargs, SAVE_ABSENT)
+    if options and not save_anndata:
+        raise TypeError(
+            f"save() has no option {next(iter(options))!r}; options of AnnData.write_h5ad go with save_anndata=True."
+        )
+
+    def write_data(folder: Path) -> None:
+        if is_mudata(model.adata):
+            model.adata.write_h5mu(folder / f"{prefix or ''}mdata.h5mu", **options)
+        else:
+            model.adata.write_h5ad(folder / f"{prefix or ''}adata.h5ad", **options)
+
+    on_first_rank(
+        lambda: write_folder(
+            dir_path,
+            to_saved(model),
+            prefix=prefix or "",
+            overwrite=overwrite,
+            write_data=write_data if save_anndata else None,
+        ),
+        f"save {dir_path} {prefix} {sum(float(p.detach().double().sum()) for p in model.module.parameters())}",
+    )
+
+
+def load(
+    cls: type[M],
+    dir_path: str | Path,
+    adata: AnnData | None = None,
+    accelerator: str = "auto",
+    device: int | str = "auto",
+    prefix: str | None = None,
+    **absent: Any,
+) -> M:
+    """Load a model from a folder that :meth:`save`, or scvi-tools, wrote. No code is run from it.
+
+    Parameters
+    ----------
+    dir_path
+        The folder.
+    adata
+        Data for the model, with the genes it was trained on in any order. Not needed if they were saved with it.
+    accelerator, device
+        Where to put the model; a GPU if there is one.
+    prefix
+        What the names of the files begin with.
+    **absent
+        Options of scvi-tools without a use here, which may be None.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no model, or no data.
+    TypeError
+        If ``dir_path`` is no path, or an option does not exist.
+    ValueError
+        If the files are damaged or foreign, hold another class, or do not fit ``adata``.
+    """
+    from scvi_lite.io import scvi_tools
+    from scvi_lite.io.folder import read_folder
+    from scvi_lite.io.restore import read_data
+
+    check_path(dir_path)
+    without_absent("load()", absent, LOAD_ABSENT, ("dir_path", "adata", "accelerator", "device", "prefix"))
+    prefix = prefix or ""
+    foreign = scvi_tools.is_scvi_tools_folder(dir_path, prefix)
+    saved = scvi_tools.read_scvi_tools(dir_path, prefix) if foreign else read_folder(dir_path, prefix)
+    if saved.class_name != cls.__name__:
+        raise ValueError(
+            f"{dir_path} holds a {saved.class_name}, not a {cls.__name__}. Load it with {saved.class_name}.load(...)."
+        )
+    if adata is None:
+        adata = read_data(dir_path, prefix, foreign)
+    model = from_saved(cls, saved, adata)
+    model.to_device(choose_device(accelerator, device))
+    return model
+
+
+def check_path(dir_path: Any) -> None:
+    """Refuse what is no path.
+
+    >>> check_path("models/first")
+    """
+    if not isinstance(dir_path, str | os.PathLike):
+        raise TypeError(f"dir_path={dir_path!r}: the name of a folder is needed, a string or a pathlib.Path.")
+
+
+def to_saved(model: Model) -> SavedModel:
+    """The model as plain data."""
+    from scvi_lite import __version__
+    from scvi_lite.io.folder import SavedModel
+
+    split = {"train": model.train_indices, "validation": model.validation_indices, "test": model.test_indices}
+    return SavedModel(
+        class_name=type(model).__name__,
+        arguments=model._arguments,
+        registry=model.registry.to_dict(),
+        var_names=model._var_names,
+        state=model.module.state_dict(),
+        history=model._history,
+        indices={part: rows for part, rows in split.items() if rows is not None},
+        is_trained=model.is_trained,
+        version=__version__,
+    )
+
+
+def from_saved(cls: type[M], saved: SavedModel, adata: AnnData) -> M:
+    """A model from plain data, on the CPU.
+
+    Raises
+    ------
+    ValueError
+        If the parts do not fit each other, or ``adata``.
+    """
+    from scvi_lite.io.restore import check_names, check_sizes, load_weights
+
+    model = cls.__new__(cls)
+    registry = setup_for(Registry.from_dict(saved.registry), adata)
+    adata = match_genes(adata, check_names(saved.var_names, registry))
+    registry.check(adata)
+    check_sizes(saved.arguments, saved.state)
+    model._build(adata, registry, saved.arguments)
+    load_weights(model.module, saved.state)
+    model.is_trained, model._history = saved.is_trained, saved.history
+    for part, rows in saved.indices.items():
+        setattr(model, f"{part}_indices", rows)
+    return model
