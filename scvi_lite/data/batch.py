@@ -62,6 +62,22 @@ class Counts:
             self.n_features,
         )
 
+    def join(self, other: Counts) -> Counts:
+        """The counts of these cells and of others behind them.
+
+        >>> one = Counts.from_dense(torch.tensor([[0.0, 2.0]]))
+        >>> one.join(one).x_ng
+        tensor([[0., 2.],
+                [0., 2.]])
+        """
+        return Counts(
+            torch.cat([self.start, self.start[-1] + other.start[1:]]),
+            torch.cat([self.row_m, self.n_cells + other.row_m]),
+            torch.cat([self.col_m, other.col_m]),
+            torch.cat([self.value_m, other.value_m]),
+            self.n_features,
+        )
+
     @classmethod
     def from_csr(cls, csr: csr_matrix) -> Counts:
         """The coordinates of a canonical SciPy matrix."""
@@ -100,6 +116,14 @@ class Batch:
     size_factor_n: Tensor | None = None  #: (n,) given size factors
     qz_loc_nk: Tensor | None = None  #: (n, k) stored posterior mean of a minified data set
     qz_scale_nk: Tensor | None = None  #: (n, k) stored posterior standard deviation
+    peaks: Counts | None = None  #: counts of chromatin regions
+    proteins_np: Tensor | None = None  #: (n, p) counts of proteins
+    panel_n: Tensor | None = None  #: (n,) int64: code of the protein panel
+    has_x_n: Tensor | None = None  #: (n,) bool: cells that have these counts, not a row of zeros for want of them;
+    has_peaks_n: Tensor | None = None  #: None where all have
+    has_proteins_n: Tensor | None = None
+    extra: Batch | None = None  #: further cells, here for their labels only
+    teaches: bool = True  #: whether the labels of these cells are learned, or those of the extra ones alone
 
     @property
     def n_cells(self) -> int:
@@ -115,7 +139,19 @@ class Batch:
         if self.row_n.device == device:
             return self
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{name: None if value is None else value.to(device) for name, value in moved.items()})
+        movable = Tensor | Counts | Batch
+        return Batch(**{name: v.to(device) if isinstance(v, movable) else v for name, v in moved.items()})
+
+    def join(self, other: Batch) -> Batch:
+        """These cells and others behind them."""
+        joined: dict[str, Any] = {"extra": None}
+        for name in (f.name for f in fields(self)):
+            ours, theirs = getattr(self, name), getattr(other, name)
+            if isinstance(ours, Counts):
+                joined[name] = ours.join(theirs)
+            elif isinstance(ours, Tensor):
+                joined[name] = torch.cat([ours, theirs])
+        return replace(self, **joined)
 
     def with_batch(self, code: int) -> Batch:
         """The same cells, as if all came from batch ``code``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from scvi_lite.data.batch import Batch
 from scvi_lite.data.disk import LazyStore
+from scvi_lite.data.labels import SupervisedSampler, Supervision
 from scvi_lite.data.registry import Registry
 from scvi_lite.data.sampler import SequentialSampler, TrainingSampler, shard
 from scvi_lite.data.store import CellStore
@@ -58,6 +59,8 @@ class CellDataModule(pl.LightningDataModule):
         training cells are dealt out anew in each epoch, so that each rank keeps all of them.
     source
         File and setup of a backed AnnData, for worker processes to open it again.
+    supervision
+        How cells that have a label are mixed into the minibatches, for models that learn labels.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class CellDataModule(pl.LightningDataModule):
         drop_last: bool = False,
         shuffle_over: str = "shard",
         source: tuple[str, Registry] | None = None,
+        supervision: Supervision | None = None,
     ):
         super().__init__()
         if shuffle_over not in SHUFFLES:
@@ -77,6 +81,7 @@ class CellDataModule(pl.LightningDataModule):
         self.store, self.split, self.batch_size = store, split, batch_size
         self.seed, self.drop_last = seed, drop_last
         self.skip_steps = 0
+        self.supervision, self.n_extra = supervision, 0
 
     def check_size(self, n_devices: int) -> None:
         """Refuse more devices than there are cells for.
@@ -99,12 +104,23 @@ class CellDataModule(pl.LightningDataModule):
         rank, world = trainer.global_rank, trainer.world_size
         self.check_size(world)
         train, validation = torch.from_numpy(self.split.train), torch.from_numpy(self.split.validation)
-        rows = {
-            "train": train if self.shuffle_over == "all" else shard(train, rank, world),
-            "validation": shard(validation, rank, world),
-        }
+        own, lent = self._training_rows(train, rank, world)
+        self.n_own = len(own)
+        rows = {"train": torch.cat([own, lent]), "validation": shard(validation, rank, world)}
         device = trainer.strategy.root_device
         self.shards = {part: self.store.take(row_n).to(device) for part, row_n in rows.items()}
+
+    def _training_rows(self, train: Tensor, rank: int, world: int) -> tuple[Tensor, Tensor]:
+        """The rows that this rank trains on, and further ones to learn labels from."""
+        own, lent = train if self.shuffle_over == "all" else shard(train, rank, world), train[:0]
+        if self.supervision is not None:
+            label_n = self.store.cells["label_n"][train]
+            self.supervision.check(label_n, told=rank == 0)
+            self.n_extra = self.supervision.n_extra(self.batch_size, label_n)
+            if self.shuffle_over == "shard":
+                own, lent = (train[position_n] for position_n in self.supervision.deal(label_n, rank, world))
+            self.label_n = self.store.cells["label_n"][torch.cat([own, lent])]
+        return own, lent
 
     def teardown(self, stage: str) -> None:
         """Free the device's memory."""
@@ -112,15 +128,19 @@ class CellDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Tensor]:
         trainer = self.trainer
-        sampler = TrainingSampler(
-            len(self.shards["train"]),
-            self.batch_size,
-            self.seed,
+        options: dict[str, Any] = dict(
+            n_rows=self.n_own,
+            batch_size=self.batch_size,
+            seed=self.seed,
             n_fewest=len(self.split.train) // trainer.world_size,
             rank=trainer.global_rank,
             deal_to=trainer.world_size if self.shuffle_over == "all" else 1,
             drop_last=self.drop_last,
         )
+        if self.n_extra:
+            sampler = SupervisedSampler(self.supervision, self.label_n, self.n_extra, trainer.world_size, **options)
+        else:
+            sampler = TrainingSampler(**options)
         sampler.skip = self.skip_steps
         return _loader(sampler)
 
@@ -131,8 +151,13 @@ class CellDataModule(pl.LightningDataModule):
 
     def transfer_batch_to_device(self, batch: Tensor, device: torch.device, dataloader_idx: int) -> Batch:
         """Rows in, cells on the device out."""
-        part = "train" if self.trainer.training else "validation"
-        return self.shards[part][batch].to(device)
+        if not self.trainer.training:
+            return self.shards["validation"][batch].to(device)
+        cells = self.shards["train"][batch[: len(batch) - self.n_extra]].to(device)
+        if self.n_extra:
+            extra = self.shards["train"][batch[-self.n_extra :]].to(device)
+            cells = replace(cells, extra=extra, teaches=self.supervision.n_per_label is None)
+        return cells
 
 
 def _loader(sampler: TrainingSampler | SequentialSampler) -> DataLoader[Tensor]:

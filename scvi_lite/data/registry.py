@@ -1,19 +1,31 @@
-"""The setup of one AnnData for one model: plain data that JSON and ``.h5ad`` files hold."""
+"""The setup of one AnnData or MuData for one model: plain data that JSON and the data's own files hold."""
 
 from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from scvi_lite.data.fields import KINDS, Field, Matrix
-from scvi_lite.errors import StateError, listing
+from scvi_lite.data.fields import Categorical, Categoricals, Continuous, Continuouses, Embedding, Field, Matrix
+from scvi_lite.data.labels import Labels
+from scvi_lite.data.modalities import check_mudata, is_mudata, part_of, place_of
+from scvi_lite.data.proteins import Proteins
+from scvi_lite.data.rows import Rows
+from scvi_lite.errors import StateError, UnknownKeyError, listing, unknown
 
 if TYPE_CHECKING:
+    import numpy as np
     from anndata import AnnData
+    from mudata import MuData
 
+    Data = AnnData | MuData
+
+FIELDS: tuple[type[Field], ...] = (
+    Matrix, Categorical, Categoricals, Continuous, Continuouses, Embedding, Proteins, Labels,
+)  # fmt: skip
+KINDS = {field.kind: field for field in FIELDS}
 UNS_KEY = "scvi_lite"
 PARTS = {"model_name": str, "setup_args": dict, "fields": dict, "n_cells": int, "n_features": int}
 CURES = {
@@ -21,26 +33,36 @@ CURES = {
     "str": "Read the file first: anndata.read_h5ad(path).",
     "PosixPath": "Read the file first: anndata.read_h5ad(path).",
     "DataFrame": "Make one: anndata.AnnData(frame), with cells as rows.",
-    "MuData": "Give one of its modalities, as in mdata['rna'].",
+    "MuData": "Give one of its modalities, as in mdata['rna'], or call setup_mudata where the model has it.",
     "ndarray": "Make one: anndata.AnnData(counts), with cells as rows.",
 }
 
 
+class FieldStates(dict[str, dict[str, Any]]):
+    """States by the name of their field; one that a model needs and that is not there is an error with the cure."""
+
+    def __missing__(self, name: str) -> dict[str, Any]:
+        raise ValueError(
+            f"The setup of these data has no field {name!r}, which the model reads. Call setup_anndata again; in a "
+            "saved model, restore model.json from a copy."
+        )
+
+
 @dataclass(frozen=True)
 class Registry:
-    """What a model reads from an AnnData and how it is coded.
+    """What a model reads from an AnnData or a MuData and how it is coded.
 
     Attributes
     ----------
     model_name
         Class that the data were set up for.
     setup_args
-        Arguments of ``setup_anndata``, as given.
+        Arguments of ``setup_anndata`` or ``setup_mudata``, as given.
     fields
         For each field, by the name of the :class:`~scvi_lite.data.batch.Batch` attribute it fills: its ``kind``
         and its state.
     n_cells, n_features
-        Size of the data at setup.
+        Size of the data at setup: cells, and columns of the counts ``x``.
     """
 
     model_name: str
@@ -48,6 +70,15 @@ class Registry:
     fields: dict[str, dict[str, Any]]
     n_cells: int
     n_features: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "fields", FieldStates(self.fields))
+
+    def __getitem__(self, part: str) -> Any:
+        """A part by its name, as in ``registry["setup_args"]["batch_key"]``."""
+        if part not in PARTS:
+            raise UnknownKeyError(unknown("registry", part, PARTS, "a part of a registry", "Parts"))
+        return getattr(self, part)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries, lists, strings and numbers."""
@@ -84,12 +115,37 @@ class Registry:
     def n_labels(self) -> int:
         return len(self.categories("label_n"))
 
-    def read(self, adata: AnnData, field: str) -> Any:
+    def read(self, adata: Data, field: str) -> Any:
         """The data of one field of ``adata``, coded as this registry says."""
         state = self.fields[field]
         return KINDS[state["kind"]].read(adata, state)
 
-    def check(self, adata: AnnData) -> None:
+    @property
+    def matrices(self) -> list[str]:
+        """The fields that are matrices of counts, ``x`` first."""
+        return [name for name, state in self.fields.items() if state["kind"] == Matrix.kind]
+
+    @property
+    def modalities(self) -> dict[str, str]:
+        """Of a MuData, the modality of each field that has a feature for each of its variables."""
+        named = {name: state["modality"] for name, state in self.fields.items() if "modality" in state}
+        return {name: modality for name, modality in named.items() if KINDS[self.fields[name]["kind"]].has_features}
+
+    def place(self, adata: Data, field: str) -> np.ndarray | None:
+        """Row (n,) of each cell in what the field reads, -1 where it was not measured; None where rows are the same."""
+        return place_of(adata, self.modalities.get(field))
+
+    def rows(self, adata: Data, field: str = "x") -> Rows:
+        """The rows of a matrix of counts, one for each cell."""
+        return Rows(self.read(adata, field), self.place(adata, field))
+
+    def var_names(self, adata: Data) -> list[str] | dict[str, list[str]]:
+        """Names of the features; of a MuData by modality."""
+        if not self.modalities:
+            return adata.var_names.astype(str).tolist()
+        return {name: part_of(adata, name).var_names.astype(str).tolist() for name in self.modalities.values()}
+
+    def check(self, adata: Data) -> None:
         """Refuse data that the model cannot read, or whose counts are none.
 
         Raises
@@ -108,11 +164,11 @@ class Registry:
                 f"adata was minified and holds no counts, which this {self.model_name} reads. Give the full data, or "
                 "load the model that minified them."
             )
-        for state in self.fields.values():
+        for state in sorted(self.fields.values(), key=lambda state: state["kind"] == Matrix.kind):  # counts last
             KINDS[state["kind"]].check(adata, state)
 
 
-def register(adata: AnnData, model_name: str, fields: Sequence[Field], setup_args: dict[str, Any]) -> Registry:
+def register(adata: Data, model_name: str, fields: Sequence[Field], setup_args: dict[str, Any]) -> Registry:
     """Check ``adata`` against the fields and write the result to ``adata.uns["scvi_lite"][model_name]``.
 
     Raises
@@ -120,14 +176,20 @@ def register(adata: AnnData, model_name: str, fields: Sequence[Field], setup_arg
     ValueError
         If there are no cells or genes, if names repeat, or if a field does not fit.
     """
-    check_anndata(adata)
+    modalities = [field.modality for field in fields if field.modality is not None]
+    check_data(adata, modalities)
     if adata.isbacked and adata.is_view:
         raise ValueError(
             "adata is a view of a backed file, in which nothing can be noted. Call setup_anndata with the whole "
             "AnnData and take the view then; or read the view into memory: adata = adata.to_memory()."
         )
-    states = {field.name: {"kind": field.kind, **field.register(adata)} for field in fields}
-    registry = Registry(model_name, setup_args, states, adata.n_obs, adata.n_vars)
+    # The counts last: a wrong key is refused before they are read.
+    state_of = {
+        f.name: {"kind": f.kind, **f.register(adata)} for f in sorted(fields, key=lambda f: isinstance(f, Matrix))
+    }
+    states = {field.name: state_of[field.name] for field in fields}
+    n_features = part_of(adata, states["x"].get("modality")).n_vars
+    registry = Registry(model_name, setup_args, states, adata.n_obs, n_features)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Trying to modify attribute", category=UserWarning)  # a view becomes a copy
         # As text, because an .h5ad file keeps no None and no empty or mixed list as it was.
@@ -135,13 +197,13 @@ def register(adata: AnnData, model_name: str, fields: Sequence[Field], setup_arg
     return registry
 
 
-def setups_of(adata: AnnData) -> dict[str, Any]:
+def setups_of(adata: Data) -> dict[str, Any]:
     """What is noted in ``adata.uns``, by the name of the model; nothing where something else took the place."""
     noted = adata.uns.get(UNS_KEY)
     return dict(noted) if isinstance(noted, Mapping) else {}
 
 
-def find(adata: AnnData, model_name: str) -> Registry:
+def find(adata: Data, model_name: str) -> Registry:
     """The setup that :func:`register` wrote.
 
     Raises
@@ -152,20 +214,23 @@ def find(adata: AnnData, model_name: str) -> Registry:
         If it is damaged.
     """
     setups = setups_of(adata)
+    kind, call = (
+        ("MuData", "setup_mudata(mdata, ...)") if is_mudata(adata) else ("AnnData", "setup_anndata(adata, ...)")
+    )
     if model_name not in setups:
         other = f" It is set up for {', '.join(setups)}." if len(setups) else ""
-        raise StateError(
-            f"This AnnData is not set up for {model_name}.{other} Call {model_name}.setup_anndata(adata, ...) first."
-        )
+        raise StateError(f"This {kind} is not set up for {model_name}.{other} Call {model_name}.{call} first.")
     try:
         noted = json.loads(setups[model_name])
     except (TypeError, ValueError):  # not text, or not JSON
         noted = {}
     registry = Registry.from_dict(noted)
-    if registry.n_features != adata.n_vars:
+    check_data(adata, registry.modalities.values())
+    n_features = part_of(adata, registry.modalities.get("x")).n_vars
+    if registry.n_features != n_features:
         raise StateError(
-            f"This AnnData was set up for {model_name} with {registry.n_features} genes and has {adata.n_vars} now. "
-            f"Call {model_name}.setup_anndata(adata, ...) again."
+            f"This {kind} was set up for {model_name} with {registry.n_features} genes and has {n_features} now. "
+            f"Call {model_name}.{call} again."
         )
     return registry
 
@@ -174,6 +239,11 @@ def _fits(state: Any) -> bool:
     """Whether the state of a field, read from a file, is one."""
     kind = state.get("kind") if isinstance(state, dict) else None
     return isinstance(kind, str) and kind in KINDS and KINDS[kind].fits(state)
+
+
+def check_data(data: Any, modalities: Collection[str]) -> None:
+    """Refuse what is not an AnnData, or, where modalities are read, a MuData that has them."""
+    check_mudata(data, modalities) if modalities else check_anndata(data)
 
 
 def check_anndata(adata: Any) -> None:
@@ -205,11 +275,14 @@ def describe_field(state: dict[str, Any]) -> list[tuple[str, str]]:
     """Where a field is in the data and what it holds, a line each."""
     if "columns" in state:
         return [line for column in state["columns"] for line in describe_field(column)]
-    if state.get("kind") == Matrix.kind:
-        return [("X" if state.get("layer") is None else f"layers[{state['layer']!r}]", "counts")]
+    part = f"{state['modality']}." if "modality" in state else ""
+    if state.get("kind") in (Matrix.kind, Proteins.kind) and state.get("key") is None:
+        return [(f"{part}X" if state.get("layer") is None else f"{part}layers[{state['layer']!r}]", "counts")]
     if state.get("key") is None:
         return [("—", "one category")]
     if "categories" in state:
         categories = state["categories"]
-        return [(f"obs[{state['key']!r}]", f"{len(categories)} categories: {listing(categories)}")]
-    return [(f"{'obsm' if state.get('kind') == 'embedding' else 'obs'}[{state['key']!r}]", "numbers")]
+        return [(f"{part}obs[{state['key']!r}]", f"{len(categories)} categories: {listing(categories)}")]
+    if "names" in state:
+        return [(f"obsm[{state['key']!r}]", f"counts of {len(state['names'])} proteins: {listing(state['names'])}")]
+    return [(f"{part}{'obsm' if state.get('kind') == 'embedding' else 'obs'}[{state['key']!r}]", "numbers")]

@@ -117,16 +117,18 @@ class TrainingSampler(Sampler[Tensor]):
 
     def __iter__(self) -> Iterator[Tensor]:
         # Ranks that deal out the same rows must shuffle them alike, ranks with rows of their own need not.
-        entropy = [self.seed % (1 << 64), self.epoch, 0 if self.deal_to > 1 else self.rank]
-        state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)
-        generator = torch.Generator().manual_seed(int(state[0] >> 1))
-        order = torch.randperm(self.n_rows, generator=generator)
+        order = torch.randperm(self.n_rows, generator=self._generator(0 if self.deal_to > 1 else self.rank))
         if self.deal_to > 1:
             order = shard(order, self.rank, self.deal_to)
         first, self.skip = self.skip, 0
         for step in range(first, self.n_steps):
             last = step == self.n_steps - 1 and not self.drop_last
             yield order[step * self.batch_size : None if last else (step + 1) * self.batch_size]
+
+    def _generator(self, *more: int) -> torch.Generator:
+        """Random numbers of this epoch."""
+        state = np.random.SeedSequence([self.seed % (1 << 64), self.epoch, *more]).generate_state(1, np.uint64)
+        return torch.Generator().manual_seed(int(state[0] >> 1))
 
 
 class SequentialSampler(Sampler[Tensor]):

@@ -23,6 +23,7 @@ from scvi_lite.train.strategies import workers_needed
 from scvi_lite.train.task import Task, TrainingDivergedError
 
 if TYPE_CHECKING:
+    from scvi_lite.data.labels import Supervision
     from scvi_lite.model.base import Model
     from scvi_lite.nn.classifier import Adversary
 
@@ -44,6 +45,7 @@ def fit_model(
     plan_kwargs: Mapping[str, Any] | None = None,
     strategy: Any = "auto",
     adversary: Adversary | None = None,
+    supervision: Supervision | None = None,
     **trainer_kwargs: Any,
 ) -> None:
     """Train a model; arguments, and errors, of :meth:`~scvi_lite.model.base.Model.train`.
@@ -52,6 +54,8 @@ def fit_model(
     ----------
     adversary
         Trained along with the module, against it.
+    supervision
+        How cells that have a label are mixed into the minibatches.
     """
     model._check_can_train()
     plan = make_plan(model.plan, plan_kwargs)
@@ -71,7 +75,9 @@ def fit_model(
     ckpt_path = options.get("ckpt_path")
     start = _start(model, ckpt_path, splitting, train_size, validation_size, shuffle_set_split, batch_size)
     n_validation = 0 if options.get("limit_val_batches") == 0 else len(start.split.validation)
-    asked.check_monitors(stopping, plan, options.get("callbacks"), n_validation, model.module.extra_metrics)
+    module = model.module
+    further = [module.metric_name(name, part) for part in ("train", "validation") for name in module.extra_metrics]
+    asked.check_monitors(stopping, plan, options.get("callbacks"), n_validation, further)
     n_workers = workers_needed(options)
 
     earlier = {name: frame.iloc[:, 0].to_dict() for name, frame in model._history.items()}
@@ -85,6 +91,7 @@ def fit_model(
         splitting.get("drop_last", False),
         splitting.get("shuffle_over", "shard"),
         source=(str(model.adata.filename), model.registry) if model.adata.isbacked else None,
+        supervision=supervision,
     )
     data.skip_steps = start.skip_steps
     try:

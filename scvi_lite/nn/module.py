@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Self
 
 from torch import Tensor, nn
 
@@ -23,8 +24,33 @@ class Loss:
     z_nk: Tensor | None = None  #: latent positions that an adversary looks at
 
 
+@dataclass(frozen=True)
+class Frozen:
+    """What a training leaves as it is."""
+
+    weights: tuple[str, ...] = ()  #: parameters
+    rows: Mapping[str, int] = field(default_factory=dict)  #: of other parameters, the number of their first rows
+    still: tuple[str, ...] = ()  #: parts that never switch to training: dropout off, batch norm by its running statistics
+
+
 class Module(nn.Module, ABC):
     """A neural module that :class:`~scvi_lite.train.task.Task` trains: tensors in, tensors out."""
+
+    frozen = Frozen()
+
+    def freeze(self, frozen: Frozen) -> None:
+        """Hold a part of the weights from now on; travels with the module to other processes."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name not in frozen.weights)
+        self.frozen = frozen
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch between training and evaluation, but for what is frozen."""
+        super().train(mode)
+        for name in self.frozen.still:
+            self.get_submodule(name).training = False
+        return self
 
     @property
     def extra_shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -33,8 +59,12 @@ class Module(nn.Module, ABC):
 
     @property
     def extra_metrics(self) -> tuple[str, ...]:
-        """Names of the metrics that :meth:`summarise` gives; the history adds ``_train`` or ``_validation``."""
+        """Names of the metrics that :meth:`summarise` gives."""
         return tuple(self.extra_shapes)
+
+    def metric_name(self, name: str, part: str) -> str:
+        """What the history calls one of these metrics for the ``"train"`` or ``"validation"`` cells."""
+        return f"{name}_{part}"
 
     @abstractmethod
     def loss(self, batch: Batch, kl_weight: float | Tensor = 1.0) -> Loss:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scvi_lite.data.batch import Batch
 from scvi_lite.errors import unknown
-from scvi_lite.nn.layers import VARIANCE, Encoder, Hidden
+from scvi_lite.nn.layers import VARIANCE, Activation, Encoder, Hidden
 from scvi_lite.nn.module import Module
 from scvi_lite.nn.normal import draw_normal, kl_normal
 from scvi_lite.nn.rates import LIKELIHOODS, Rates
@@ -85,6 +87,11 @@ class Posterior:
     library_loc_n: Tensor | None = None
     library_scale_n: Tensor | None = None
 
+    def first(self, n: int) -> Posterior:
+        """That of the first cells."""
+        parts = (self.z_loc_nk, self.z_scale_nk, self.library_loc_n, self.library_scale_n)
+        return Posterior(*(None if part is None else part[:n] for part in parts))
+
     def sample_z(self, n_samples: int | None = None) -> Tensor:
         """Draw z by reparametrisation: (n, k), or (s, n, k) if ``n_samples`` is given."""
         return draw_normal(self.z_loc_nk, self.z_scale_nk, n_samples)
@@ -94,7 +101,58 @@ class Posterior:
         return draw_normal(self.library_loc_n, self.library_scale_n, n_samples)
 
 
-class CountVAE(Module):
+class VAE(Module):
+    """What encoders and decoders of any kind of data share: hidden layers, covariates and a latent space."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        self.config = c = config
+        embedded = c.batch_representation == "embedding"
+        self.n_cats = [n for n in ((() if embedded else (c.n_batches,)) + c.n_cats) if n > 1]
+        self.n_dense = c.n_conts + (c.batch_embedding_dim if embedded else 0)
+        if embedded:
+            self.batch_embedding = nn.Embedding(c.n_batches, c.batch_embedding_dim)
+
+    def make_hidden(
+        self, n_in: int, side: str, n_layers: int, dropout_rate: float = 0.0, activation: Activation = F.relu
+    ) -> Hidden:
+        """Hidden layers of an ``"encoder"`` or a ``"decoder"``, with the covariates that enter on this side."""
+        c = self.config
+        with_covariates = side == "decoder" or c.encode_covariates
+        return Hidden(
+            n_in + (self.n_dense if with_covariates else 0),
+            c.n_hidden,
+            n_layers,
+            self.n_cats if with_covariates else (),
+            deeply_inject=c.deeply_inject_covariates,
+            batch_norm=c.use_batch_norm in (side, "both"),
+            layer_norm=c.use_layer_norm in (side, "both"),
+            dropout_rate=dropout_rate,
+            activation=activation,
+        )
+
+    def to_latent(self, z: Tensor) -> Tensor:
+        """What a user calls the latent space: z, or a point on the simplex for the logistic normal."""
+        return z.softmax(-1) if self.config.latent_distribution == "ln" else z
+
+    def covariates(self, batch: Batch) -> tuple[list[Tensor], Tensor | None]:
+        """Codes of the categorical covariates with more than one category, and the dense covariates (n, d)."""
+        c = self.config
+        dense = [batch.conts_nd] if c.n_conts else []
+        codes = []
+        if c.batch_representation == "embedding":
+            dense.append(self.batch_embedding(batch.batch_n))
+        elif c.n_batches > 1:
+            codes.append(batch.batch_n)
+        codes += [batch.cats_nc[:, i] for i, n in enumerate(c.n_cats) if n > 1]
+        return codes, torch.cat(dense, dim=-1) if dense else None
+
+    def encoded_covariates(self, batch: Batch) -> tuple[Sequence[Tensor], Tensor | None]:
+        """The covariates that enter an encoder: all, or none."""
+        return self.covariates(batch) if self.config.encode_covariates else ((), None)
+
+
+class CountVAE(VAE):
     """Encoder and decoder of counts; a model adds its :meth:`loss`.
 
     Parameters
@@ -106,47 +164,34 @@ class CountVAE(Module):
     """
 
     def __init__(self, config: VAEConfig, library_prior: tuple[Tensor, Tensor] | None = None):
-        super().__init__()
-        self.config = c = config
-        embedded = c.batch_representation == "embedding"
-        covariates = [n for n in ((() if embedded else (c.n_batches,)) + c.n_cats) if n > 1]
-        n_dense = c.n_conts + (c.batch_embedding_dim if embedded else 0)
-        if embedded:
-            self.batch_embedding = nn.Embedding(c.n_batches, c.batch_embedding_dim)
+        super().__init__(config)
+        c = config
 
-        def hidden(n_in: int, part: str, dropout_rate: float, with_covariates: bool) -> Hidden:
-            return Hidden(
-                n_in + (n_dense if with_covariates else 0),
-                c.n_hidden,
-                c.n_layers if part != "library" else 1,
-                covariates if with_covariates else (),
-                deeply_inject=c.deeply_inject_covariates,
-                batch_norm=c.use_batch_norm in ("decoder" if part == "decoder" else "encoder", "both"),
-                layer_norm=c.use_layer_norm in ("decoder" if part == "decoder" else "encoder", "both"),
-                dropout_rate=dropout_rate,
-            )
-
-        def encoder(n_out: int, part: str) -> Encoder:
-            stack = hidden(c.n_genes, part, c.dropout_rate, c.encode_covariates)
+        def encoder(n_out: int, n_layers: int) -> Encoder:
+            stack = self.make_hidden(c.n_genes, "encoder", n_layers, c.dropout_rate)
             return Encoder(stack, c.n_hidden, n_out, c.var_activation)
 
-        self.encoder = encoder(c.n_latent, "encoder")
+        self.encoder = encoder(c.n_latent, c.n_layers)
         if c.latent_library:
-            self.library_encoder = encoder(1, "library")
+            self.library_encoder = encoder(1, n_layers=1)
             loc_b, var_b = library_prior or (torch.zeros(c.n_batches), torch.ones(c.n_batches))
             self.register_buffer("library_prior_loc", loc_b)
             self.register_buffer("library_prior_var", var_b)
-        self.decoder = Decoder(c, hidden(c.n_latent, "decoder", 0.0, True))
+        self.decoder = self.make_decoder()
         if c.gene_likelihood != "poisson" and c.dispersion != "gene-cell":
             rows = {"gene": (), "gene-batch": (c.n_batches,), "gene-label": (c.n_labels,)}[c.dispersion]
             self.log_theta = nn.Parameter(torch.randn(*rows, c.n_genes))
+
+    def make_decoder(self) -> nn.Module:
+        """The decoder of counts."""
+        return Decoder(self.config, self.make_hidden(self.config.n_latent, "decoder", self.config.n_layers))
 
     def encode(self, batch: Batch) -> Posterior:
         """The posterior of a minibatch: computed from its counts, or the stored one of minified data."""
         if batch.qz_loc_nk is not None and batch.qz_scale_nk is not None:
             return Posterior(batch.qz_loc_nk, batch.qz_scale_nk)
         x = batch.x.map(torch.log1p) if self.config.log_variational else batch.x
-        codes, dense_nd = self.covariates(batch) if self.config.encode_covariates else ((), None)
+        codes, dense_nd = self.encoded_covariates(batch)
         posterior = Posterior(*self.encoder(x, codes, dense_nd))
         if self.config.latent_library:
             library_loc_n1, library_scale_n1 = self.library_encoder(x, codes, dense_nd)
@@ -171,29 +216,13 @@ class CountVAE(Module):
         c = self.config
         codes, dense_nd = self.covariates(batch)
         if mean_only:
-            logit_ng = self.decoder.scale(self.decoder.hidden(self.to_latent(z), codes, dense_nd))
+            logit_ng = self.decoder.logits(self.to_latent(z), codes, dense_nd)
             return Rates(c.gene_likelihood, logit_ng, library_n, proportions=not c.use_size_factor)
         logit_ng, dropout_ng, log_theta = self.decoder(self.to_latent(z), codes, dense_nd)
         if c.gene_likelihood != "poisson" and log_theta is None:
             code_n = {"gene-batch": batch.batch_n, "gene-label": batch.label_n}.get(c.dispersion)
             log_theta = self.log_theta if code_n is None else self.log_theta[code_n]
         return Rates(c.gene_likelihood, logit_ng, library_n, log_theta, dropout_ng, not c.use_size_factor)
-
-    def to_latent(self, z: Tensor) -> Tensor:
-        """What a user calls the latent space: z, or a point on the simplex for the logistic normal."""
-        return z.softmax(-1) if self.config.latent_distribution == "ln" else z
-
-    def covariates(self, batch: Batch) -> tuple[list[Tensor], Tensor | None]:
-        """Codes of the categorical covariates with more than one category, and the dense covariates (n, d)."""
-        c = self.config
-        dense = [batch.conts_nd] if c.n_conts else []
-        codes = []
-        if c.batch_representation == "embedding":
-            dense.append(self.batch_embedding(batch.batch_n))
-        elif c.n_batches > 1:
-            codes.append(batch.batch_n)
-        codes += [batch.cats_nc[:, i] for i, n in enumerate(c.n_cats) if n > 1]
-        return codes, torch.cat(dense, dim=-1) if dense else None
 
 
 class Decoder(nn.Module):
@@ -207,6 +236,10 @@ class Decoder(nn.Module):
         self.dropout = nn.Linear(config.n_hidden, config.n_genes) if zinb else None
         gene_cell = gene_cell and config.gene_likelihood != "poisson"
         self.dispersion = nn.Linear(config.n_hidden, config.n_genes) if gene_cell else None
+
+    def logits(self, z: Tensor, codes: list[Tensor], dense_nd: Tensor | None) -> Tensor:
+        """What the mean of the counts needs."""
+        return self.scale(self.hidden(z, codes, dense_nd))
 
     def forward(
         self, z: Tensor, codes: list[Tensor], dense_nd: Tensor | None

@@ -150,8 +150,7 @@ def check_monitors(
 
 
 def _check_monitor(argument: str, metric: str, n_validation: int, more: bool, extra_metrics: Sequence[str]) -> None:
-    extra = [f"{name}_{part}" for part in ("train", "validation") for name in extra_metrics]
-    known = [*metric_names("train"), *metric_names("validation"), *extra, "kl_weight", "epoch", "step"]
+    known = [*metric_names("train"), *metric_names("validation"), *extra_metrics, "kl_weight", "epoch", "step"]
     if metric not in known and not more:
         raise ValueError(unknown(argument, metric, known, "a metric", "Metrics"))
     if is_of_validation(metric) and n_validation == 0:

@@ -27,7 +27,7 @@ def metric_names(part: str) -> list[str]:
 
 def is_of_validation(metric: str) -> bool:
     """Whether a metric comes from the validation cells."""
-    return metric == "validation_loss" or metric.endswith("_validation")
+    return metric.startswith("validation_") or metric.endswith("_validation")
 
 
 @dataclass(frozen=True)

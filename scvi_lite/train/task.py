@@ -61,6 +61,7 @@ class Task(pl.LightningModule):
         self.schedule: torch.optim.lr_scheduler.ReduceLROnPlateau | None = None
         self.sums: dict[str, Tensor] = {}
         self.n_cells = {"train": 0, "validation": 0}
+        self.held: list[tuple[Tensor, Tensor]] = []  #: frozen rows of parameters, and what they hold
 
     @property
     def has_trained(self) -> bool:
@@ -92,6 +93,8 @@ class Task(pl.LightningModule):
             torch.manual_seed(saved.mix(self.trainer.datamodule.seed, self.trainer.global_rank))
         if self.last_good is None:
             self._remember()
+        frozen = [self.module.get_parameter(name).detach()[:n] for name, n in self.module.frozen.rows.items()]
+        self.held = [(rows, rows.clone()) for rows in frozen]
 
     def on_train_epoch_start(self) -> None:
         self._start_sums("train")
@@ -169,7 +172,8 @@ class Task(pl.LightningModule):
         if shapes := self.module.extra_shapes:
             flat = sums[3:-1].split([math.prod(shape) for shape in shapes.values()])
             extra = {name: values.view(shapes[name]) for name, values in zip(shapes, flat, strict=True)}
-            metrics |= {f"{name}_{part}": value for name, value in self.module.summarise(extra, n).items()}
+            summary = self.module.summarise(extra, n)
+            metrics |= {self.module.metric_name(name, part): value for name, value in summary.items()}
         return metrics
 
     def on_validation_start(self) -> None:
@@ -284,6 +288,12 @@ class Task(pl.LightningModule):
                 min_lr=plan.lr_min,
             )
         return optimizer
+
+    def optimizer_step(self, *arguments: Any, **options: Any) -> None:
+        """Step, and put frozen rows back, which weight decay moves even where they get no gradient."""
+        super().optimizer_step(*arguments, **options)
+        for rows, value in self.held:
+            rows.copy_(value)
 
     def _reduce_lr(self) -> None:
         """Step the plateau schedule here: the trainer would do it after a checkpoint of this epoch was written."""
