@@ -12,7 +12,10 @@ from scvi_lite._settings import settings
 
 __version__ = "0.1.0"
 
-MODELS = ("SCVI",)
+MODELS = (
+    "SCVI",
+    "LinearSCVI",
+)
 
 __getattr__, __dir__ = lazy(
     __name__,

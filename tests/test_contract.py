@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import scvi_lite
 from scvi_lite.data.batch import Batch
-from scvi_lite.model import SCVI
+from scvi_lite.model import SCVI, LinearSCVI
 
 SILENT = {"accelerator": "cpu", "enable_progress_bar": False}
 SMALL = {"n_hidden": 8, "n_latent": 3}
@@ -47,6 +47,8 @@ CASES = {
     "SCVI, covariates": Case(SCVI, COVARIATES, {"encode_covariates": True, "batch_representation": "embedding"}),
     "SCVI, latent library": Case(SCVI, BATCH, {"use_observed_lib_size": False, "latent_distribution": "ln"}),
     "SCVI, size factor": Case(SCVI, BATCH | {"size_factor_key": "size"}, {"dispersion": "gene-cell"}),
+    "LinearSCVI": Case(LinearSCVI, BATCH),
+    "LinearSCVI, bias": Case(LinearSCVI, {}, {"use_batch_norm": False, "bias": True, "gene_likelihood": "zinb"}),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 

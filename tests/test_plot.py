@@ -11,6 +11,7 @@ from anndata import AnnData
 from matplotlib.colors import to_hex
 
 from scvi_lite import plot
+from scvi_lite.plot.style import OKABE_ITO
 
 
 @pytest.fixture(autouse=True)
@@ -98,7 +99,7 @@ def test_umap_colours_lie_on_their_cells(cells):
     known = figure.axes[0].collections[1]
     position = {tuple(np.float32(xy)): code for xy, code in zip(cells.obsm["X_umap"], cells.obs["kind"].cat.codes)}
     for xy, color in zip(known.get_offsets(), known.get_facecolors()):
-        assert to_hex(color).upper() == plot.OKABE_ITO[position[tuple(np.float32(xy))]]
+        assert to_hex(color).upper() == OKABE_ITO[position[tuple(np.float32(xy))]]
 
 
 def test_umap_refuses(cells):
@@ -151,3 +152,18 @@ def test_volcano_of_several_comparisons(table):
 def test_import_loads_no_matplotlib():
     code = "import sys, scvi_lite.plot; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_loadings_show_the_genes_that_move_most(tmp_path):
+    table = pd.DataFrame({"Z_0": [0.0] * 4, "Z_1": [0.5, -3.0, 0.1, 1.0]}, index=["ACTB", "CD3E", "MALAT1", "NKG7"])
+    ax = plot.loadings(table, factor=1, n_genes=3, save=tmp_path / "loadings.png")
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["CD3E", "ACTB", "NKG7"]
+    assert ax.collections[1].get_offsets()[:, 0].tolist() == [-3.0, 0.5, 1.0]
+    assert ax.get_title() == "Z_1"
+    assert (tmp_path / "loadings.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("options", [{"factor": "Z_2"}, {"factor": 7}, {"factor": -1}, {"n_genes": 0}])
+def test_loadings_refuse(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        plot.loadings(pd.DataFrame({"Z_0": [1.0], "Z_1": [2.0]}), **options)

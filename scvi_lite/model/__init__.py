@@ -2,6 +2,12 @@
 
 from scvi_lite._lazy import lazy
 
-__getattr__, __dir__ = lazy(__name__, {"SCVI": "scvi_lite.model.scvi", "Model": "scvi_lite.model.base"})
+FILES = {
+    "SCVI": "scvi",
+    "LinearSCVI": "linear_scvi",
+    "Model": "base",
+}
 
-__all__ = ["SCVI", "Model"]
+__getattr__, __dir__ = lazy(__name__, {name: f"scvi_lite.model.{file}" for name, file in FILES.items()})
+
+__all__ = [*FILES]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 
     from scvi_lite.data.registry import Registry
 
+Config = TypeVar("Config", bound=VAEConfig)
 FROM_DATA = ("n_genes", "n_batches", "n_labels", "n_cats", "n_conts", "use_size_factor")
 
 
-def configure(registry: Registry, arguments: Mapping[str, Any]) -> VAEConfig:
-    """The network's configuration: sizes from the data, options from the user.
+def configure(registry: Registry, arguments: Mapping[str, Any], kind: type[Config] = VAEConfig) -> Config:
+    """The network's configuration: sizes from the data, options from the user. ``kind`` may have further options.
 
     Raises
     ------
@@ -38,9 +39,9 @@ def configure(registry: Registry, arguments: Mapping[str, Any]) -> VAEConfig:
         check_options("batch_embedding_kwargs", embedding, ["embedding_dim"])
         options["batch_embedding_dim"] = embedding.get("embedding_dim", 5)
     options["var_activation"] = activation_name(options.pop("var_activation", None))
-    known = [f.name for f in fields(VAEConfig) if f.name not in FROM_DATA]
+    known = [f.name for f in fields(kind) if f.name not in FROM_DATA]
     check_options("The model", options, [*known, "batch_embedding_kwargs"])
-    return VAEConfig(
+    return kind(
         n_genes=registry.n_features,
         n_batches=registry.n_batches,
         n_labels=registry.n_labels,

@@ -7,7 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from scvi_lite.io.translators import scvi
+from scvi_lite.io.translators import linear_scvi, scvi
 from scvi_lite.io.translators.common import Setup
 
-TRANSLATORS: dict[str, Callable[[dict[str, Any], Setup], dict[str, Tensor]]] = {"SCVI": scvi.translate}
+TRANSLATORS: dict[str, Callable[[dict[str, Any], Setup], dict[str, Tensor]]] = {
+    "SCVI": scvi.translate,
+    "LinearSCVI": linear_scvi.translate,
+}

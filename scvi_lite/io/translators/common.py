@@ -96,8 +96,17 @@ def split_one_hot(
     for name, tensor in state.items():
         layer = LINEAR.fullmatch(name)
         sizes = covariates.get(layer[1], ()) if layer and (deeply or layer[2] == "0") else ()
-        dense, *tables = tensor.split([tensor.shape[1] - sum(sizes), *sizes], dim=1) if sizes else [tensor]
-        result[name] = dense.contiguous()
-        for i, table in enumerate(tables):
-            result[f"{name.removesuffix('weight')}tables.{i}"] = table.T.contiguous()
+        result |= split_columns(name.removesuffix(".weight"), tensor, sizes) if sizes else {name: tensor}
     return result
+
+
+def split_columns(layer: str, weight: Tensor, sizes: Sequence[int]) -> dict[str, Tensor]:
+    """The weights of a :class:`~scvi_lite.nn.layers.CovariateLinear` from one matrix with the one-hot columns last.
+
+    >>> import torch
+    >>> {name: tuple(tensor.shape) for name, tensor in split_columns("layer", torch.ones(3, 6), [2]).items()}
+    {'layer.weight': (3, 4), 'layer.tables.0': (2, 3)}
+    """
+    dense, *tables = weight.split([weight.shape[1] - sum(sizes), *sizes], dim=1)
+    split = {f"{layer}.weight": dense.contiguous()}
+    return split | {f"{layer}.tables.{i}": table.T.contiguous() for i, table in enumerate(tables)}

@@ -1,0 +1,252 @@
+"""LDVAE: scVI with a linear decoder, whose weights say which genes a factor moves.
+
+Svensson, Gayoso, Yosef & Pachter 2020, doi:10.1093/bioinformatics/btaa169
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from scvi_lite.analysis import abundance, differential, expression, importance, latent, likelihood, minify, predictive
+from scvi_lite.data.fields import Categorical, Categoricals, Continuouses, Matrix
+from scvi_lite.errors import check_options
+from scvi_lite.model.base import Model
+from scvi_lite.model.scvi import SCVIModule
+from scvi_lite.nn.configure import configure, library_prior
+from scvi_lite.nn.layers import CovariateLinear
+from scvi_lite.nn.vae import VAEConfig
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from anndata import AnnData
+
+NETWORK_OPTIONS = ("log_variational", "use_batch_norm", "bias")
+
+
+@dataclass(frozen=True)
+class LinearConfig(VAEConfig):
+    """Sizes and options of a :class:`LinearSCVIModule`."""
+
+    bias: bool = False  #: of the decoder, where no batch norm shifts its outputs
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dispersion == "gene-cell":
+            raise ValueError(
+                "dispersion='gene-cell': a linear decoder has no hidden layer to compute it from. "
+                "Use 'gene', 'gene-batch' or 'gene-label'."
+            )
+        if not isinstance(self.bias, bool):
+            raise ValueError(f"bias={self.bias!r}: True or False is needed.")
+
+
+class LinearMap(nn.Module):
+    """A linear map of factors and covariates to genes, and batch norm where switched on."""
+
+    def __init__(self, config: LinearConfig, n_cats: Sequence[int]):
+        super().__init__()
+        normed = config.use_batch_norm in ("decoder", "both")
+        # A constant before batch norm is subtracted again: it would be a weight without gradient.
+        self.linear = CovariateLinear(config.n_latent, config.n_genes, n_cats, bias=config.bias and not normed)
+        self.batch_norm = nn.BatchNorm1d(config.n_genes, momentum=0.01, eps=0.001) if normed else None
+
+    def forward(self, z: Tensor, codes: Sequence[Tensor]) -> Tensor:
+        y = self.linear(z, codes)
+        return y if self.batch_norm is None else self.batch_norm(y.flatten(0, -2)).view(y.shape)
+
+    def loadings(self) -> Tensor:
+        """Change of the output for a unit of each factor, (g, k)."""
+        weight_gk, norm = self.linear.weight, self.batch_norm
+        return weight_gk if norm is None else weight_gk * (norm.weight / (norm.running_var + norm.eps).sqrt())[:, None]
+
+
+class LinearDecoder(nn.Module):
+    """From latent space and covariates to the parameters of the likelihood, without a hidden layer."""
+
+    def __init__(self, config: LinearConfig, n_cats: Sequence[int]):
+        super().__init__()
+        self.scale = LinearMap(config, n_cats)
+        self.dropout = LinearMap(config, n_cats) if config.gene_likelihood == "zinb" else None
+
+    def logits(self, z: Tensor, codes: list[Tensor], dense_nd: None) -> Tensor:
+        """What the mean of the counts needs."""
+        return self.scale(z, codes)
+
+    def forward(self, z: Tensor, codes: list[Tensor], dense_nd: None) -> tuple[Tensor, Tensor | None, None]:
+        return self.scale(z, codes), None if self.dropout is None else self.dropout(z, codes), None
+
+
+class LinearSCVIModule(SCVIModule):
+    """Generative model: z ~ N(0, I), x ~ likelihood(l · softmax(W z + W' batch))."""
+
+    def make_decoder(self) -> LinearDecoder:
+        """The linear decoder."""
+        return LinearDecoder(self.config, self.n_cats)
+
+
+class LinearSCVI(Model):
+    """Linearly decoded variational autoencoder (LDVAE): factors of expression that can be read gene by gene.
+
+    Parameters
+    ----------
+    adata
+        AnnData set up with :meth:`setup_anndata`.
+    n_hidden, n_layers, dropout_rate
+        Of the encoder.
+    n_latent
+        Number of factors.
+    dispersion
+        Inverse dispersion of NB and ZINB: one for each ``"gene"``, or for each ``"gene-batch"`` or ``"gene-label"``.
+    gene_likelihood
+        ``"nb"``, ``"zinb"``, ``"poisson"`` or ``"normal"``.
+    use_observed_lib_size
+        Take each cell's total count as its library size; else infer it.
+    latent_distribution
+        ``"normal"``, or ``"ln"`` for the logistic normal, with which cells are mixtures of factors.
+    **network_options
+        ``log_variational`` (logarithm before the encoder), ``use_batch_norm`` and ``bias`` of the linear decoder; with
+        batch norm, which has its own, ``bias`` changes nothing.
+
+    Raises
+    ------
+    RuntimeError
+        If ``adata`` is not set up.
+    TypeError, ValueError
+        If an option does not exist, or a value is out of range.
+
+    References
+    ----------
+    Svensson, Gayoso, Yosef, Pachter (2020). Interpretable factor models of single-cell RNA-seq via variational
+    autoencoders. Bioinformatics.
+
+    Examples
+    --------
+    >>> import scvi_lite
+    >>> adata = scvi_lite.data.synthetic_iid(batch_size=50, n_genes=20)
+    >>> LinearSCVI.setup_anndata(adata, batch_key="batch")
+    >>> model = LinearSCVI(adata, n_latent=5)
+    >>> model.train(max_epochs=1, enable_progress_bar=False)
+    >>> model.get_loadings().shape
+    (20, 5)
+    """
+
+    get_latent_representation = latent.get_latent_representation
+    get_latent_library_size = latent.get_latent_library_size
+    get_aggregated_posterior = latent.get_aggregated_posterior
+    get_elbo = likelihood.get_elbo
+    get_reconstruction_error = likelihood.get_reconstruction_error
+    get_marginal_ll = likelihood.get_marginal_ll
+    get_normalized_expression = expression.get_normalized_expression
+    get_likelihood_parameters = predictive.get_likelihood_parameters
+    posterior_predictive_sample = predictive.posterior_predictive_sample
+    get_feature_correlation_matrix = predictive.get_feature_correlation_matrix
+    get_importance_weights = importance.get_importance_weights
+    differential_expression = differential.differential_expression
+    differential_abundance = abundance.differential_abundance
+    minify_adata = minify.minify_adata
+    minified_data_type = property(minify.minified)
+
+    def __init__(
+        self,
+        adata: AnnData,
+        n_hidden: int = 128,
+        n_latent: int = 10,
+        n_layers: int = 1,
+        dropout_rate: float = 0.1,
+        dispersion: str = "gene",
+        gene_likelihood: str = "nb",
+        use_observed_lib_size: bool = False,
+        latent_distribution: str = "normal",
+        **network_options: Any,
+    ):
+        check_options("LinearSCVI", network_options, NETWORK_OPTIONS)
+        given = dict(
+            n_hidden=n_hidden,
+            n_latent=n_latent,
+            n_layers=n_layers,
+            dropout_rate=dropout_rate,
+            dispersion=dispersion,
+            gene_likelihood=gene_likelihood,
+            use_observed_lib_size=use_observed_lib_size,
+            latent_distribution=latent_distribution,
+        )
+        super().__init__(adata, given | network_options)
+
+    def _make_module(self, arguments: dict[str, Any]) -> LinearSCVIModule:
+        use_batch_norm = arguments.get("use_batch_norm", True)
+        if not isinstance(use_batch_norm, bool):
+            raise ValueError(f"use_batch_norm={use_batch_norm!r}: True or False, for the linear decoder, is needed.")
+        where = "both" if use_batch_norm else "encoder"
+        config = configure(self.registry, arguments | {"use_batch_norm": where}, LinearConfig)
+        return LinearSCVIModule(config, library_prior(self.adata, self.registry) if config.latent_library else None)
+
+    @torch.inference_mode()
+    def get_loadings(self) -> pd.DataFrame:
+        """How much each factor moves each gene: the derivative of the decoder's logit by the factor.
+
+        Adding 1 to factor k multiplies the expression of gene g, relative to the other genes, by exp(loading).
+        Batch norm of the decoder is included: weight · gamma / sqrt(variance + eps), with its running variance, as
+        :meth:`get_normalized_expression` uses it. With ``latent_distribution="ln"`` a factor is a share, from 0 to 1.
+
+        Returns
+        -------
+        pandas.DataFrame
+            Genes × factors ``Z_0``, ``Z_1``, ...
+
+        Examples
+        --------
+        >>> import scvi_lite
+        >>> adata = scvi_lite.data.synthetic_iid(batch_size=50, n_genes=20)
+        >>> LinearSCVI.setup_anndata(adata)
+        >>> model = LinearSCVI(adata, n_latent=2)
+        >>> model.train(max_epochs=1, enable_progress_bar=False)
+        >>> model.get_loadings().columns.tolist()
+        ['Z_0', 'Z_1']
+        """
+        import pandas as pd
+
+        self._warn_if_untrained()
+        loadings_gk = self.module.decoder.scale.loadings().cpu().numpy()
+        return pd.DataFrame(
+            loadings_gk, index=self.get_var_names(), columns=[f"Z_{k}" for k in range(loadings_gk.shape[1])]
+        )
+
+    @classmethod
+    def setup_anndata(
+        cls,
+        adata: AnnData,
+        batch_key: str | None = None,
+        labels_key: str | None = None,
+        layer: str | None = None,
+    ) -> None:
+        """Check the data and note what the model reads from them, in ``adata.uns["scvi_lite"]``.
+
+        Parameters
+        ----------
+        adata
+            Raw counts of cells × genes: sparse, dense or backed.
+        batch_key, labels_key
+            Columns of ``adata.obs``: the batch to correct for, and the cell type (for gene-label dispersion).
+        layer
+            Layer that holds the counts; ``adata.X`` by default.
+
+        Raises
+        ------
+        KeyError
+            If a column or layer does not exist.
+        ValueError
+            If counts are negative, NaN or infinite, values are missing, or names repeat.
+        """
+        fields = [
+            Matrix("x", layer),
+            Categorical("batch_n", "batch_key", batch_key),
+            Categorical("label_n", "labels_key", labels_key),
+            Categoricals("cats_nc", "categorical_covariate_keys", None),
+            Continuouses("conts_nd", "continuous_covariate_keys", None),
+        ]
+        cls._register(adata, fields, dict(batch_key=batch_key, labels_key=labels_key, layer=layer))
