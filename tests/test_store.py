@@ -275,7 +275,7 @@ def test_reading_takes_few_bytes_for_each_non_zero():
     tracemalloc.stop()
     assert peak / matrix.nnz < 2  # blocks of totals; the matrix of the user is used as it is
     assert np.shares_memory(cells.x.value.numpy(), adata.X.data)
-    assert store.CellStore(cells.x.compact(), cells.cells).n_bytes / matrix.nnz < 4
+    assert store.CellStore({"x": cells.x.compact()}, cells.cells).n_bytes / matrix.nnz < 4
 
 
 def test_matrices_in_another_form_are_read_compactly():

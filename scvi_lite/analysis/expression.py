@@ -258,7 +258,7 @@ def minibatches(
 def _frame(model: Model, value: np.ndarray, adata: AnnData, rows: np.ndarray, genes: np.ndarray | None) -> pd.DataFrame:
     import pandas as pd
 
-    names = pd.Index(model.get_var_names())
+    names = pd.Index(model._gene_names)
     return pd.DataFrame(
         value, index=adata.obs_names[rows], columns=names if genes is None else names[genes], copy=False
     )

@@ -205,7 +205,7 @@ def get_feature_correlation_matrix(
     if len(rows) < 2:
         raise ValueError(f"indices: {len(rows)} cells were given; a correlation needs at least two.")
     model._warn_if_untrained()
-    names, n_genes = model.get_var_names(), model.module.config.n_genes
+    names, n_genes = model._gene_names, model.module.config.n_genes
     total_gg = np.zeros((n_genes, n_genes))
     rate = np.empty((len(rows), n_genes), dtype=np.float32)
     for code in codes:

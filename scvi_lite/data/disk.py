@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from scipy import sparse
 from torch import Tensor
 
 from scvi_lite.data.batch import Batch, Counts
@@ -17,6 +18,7 @@ from scvi_lite.data.store import CellStore, cell_tensors, load
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from mudata import MuData
 
     from scvi_lite.data.registry import Registry
 
@@ -25,7 +27,7 @@ SHARE_OF_MEMORY = 0.5
 
 
 class LazyStore:
-    """Cells of an AnnData, backed or not: ``store[rows]`` reads the counts from where they are.
+    """Cells of an AnnData or a MuData, backed or not: ``store[rows]`` reads the counts from where they are.
 
     Parameters
     ----------
@@ -39,8 +41,8 @@ class LazyStore:
 
     device = torch.device("cpu")
 
-    def __init__(self, adata: AnnData, registry: Registry, row_n: np.ndarray | None = None):
-        self.matrix = Rows(registry.read(adata, "x"))
+    def __init__(self, adata: AnnData | MuData, registry: Registry, row_n: np.ndarray | None = None):
+        self.counts = {name: registry.rows(adata, name) for name in registry.matrices}
         self.cells = cell_tensors(adata, registry)
         self.row_n = torch.arange(adata.n_obs) if row_n is None else torch.from_numpy(row_n)
 
@@ -49,21 +51,21 @@ class LazyStore:
 
     def __getitem__(self, row_n: Tensor) -> Batch:
         row_n = self.row_n[row_n]
-        csr = self.matrix[row_n.numpy()]
+        counts = {name: rows[row_n.numpy()] for name, rows in self.counts.items()}
         cells = {name: values.index_select(0, row_n) for name, values in self.cells.items()}
-        cells.setdefault("total_n", torch.from_numpy(row_sums(csr.indptr, csr.data)))
-        return Batch(x=Counts.from_csr(csr), **cells)
+        cells.setdefault("total_n", torch.from_numpy(row_sums(counts["x"].indptr, counts["x"].data)))
+        return Batch(**{name: Counts.from_csr(csr) for name, csr in counts.items()}, **cells)
 
     @classmethod
-    def of(cls, matrix: Rows, cells: dict[str, Tensor], row_n: Tensor) -> LazyStore:
+    def of(cls, counts: dict[str, Rows], cells: dict[str, Tensor], row_n: Tensor) -> LazyStore:
         """From what a store is made of."""
         store = object.__new__(cls)
-        store.matrix, store.cells, store.row_n = matrix, cells, row_n
+        store.counts, store.cells, store.row_n = counts, cells, row_n
         return store
 
     def take(self, row_n: Tensor) -> LazyStore:
         """A store of some of the cells."""
-        return self.of(self.matrix, self.cells, self.row_n[row_n])
+        return self.of(self.counts, self.cells, self.row_n[row_n])
 
     def to(self, device: torch.device | str) -> LazyStore:
         """The same store: minibatches are moved, the data are not."""
@@ -75,14 +77,29 @@ class LazyStore:
             yield self[row_n]
 
 
-def load_for_training(adata: AnnData, registry: Registry) -> CellStore | LazyStore:
+def load_for_training(adata: AnnData | MuData, registry: Registry) -> CellStore | LazyStore:
     """All cells in memory where they fit as compact CSR, which a backed file may not; else read as needed."""
-    if adata.isbacked and _compact_bytes(registry.read(adata, "x")) > SHARE_OF_MEMORY * _free_memory():
-        return LazyStore(adata, registry)
+    if adata.isbacked:
+        n_bytes = sum(_compact_bytes(registry.read(adata, name)) for name in registry.matrices)
+        if n_bytes > SHARE_OF_MEMORY * _free_memory():
+            return LazyStore(adata, registry)
     return load(adata, registry)
 
 
+def open_backed(filename: str) -> AnnData | MuData:
+    """The data of a file, which stay there."""
+    if filename.endswith(".h5mu"):
+        import mudata
+
+        return mudata.read_h5mu(filename, backed="r")
+    import anndata
+
+    return anndata.read_h5ad(filename, backed="r")
+
+
 def _compact_bytes(matrix: Any) -> int:
+    if sparse.issparse(matrix):
+        return 0  # in memory already
     stored = matrix.group["data"].shape[0] if is_sparse_file(matrix) else np.prod(matrix.shape)
     return BYTES_PER_NONZERO * int(stored)
 

@@ -1,4 +1,4 @@
-"""New data with the genes of a model: the same names, in any order."""
+"""New data with the features of a model: the same names, in any order."""
 
 from __future__ import annotations
 
@@ -7,36 +7,65 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from scvi_lite.data.modalities import check_mudata, name_of, part_of
 from scvi_lite.data.registry import check_anndata
 from scvi_lite.errors import listing, nearest, warn
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from mudata import MuData
 
 
-def match_genes(adata: AnnData, var_names: Sequence[str]) -> AnnData:
+def match_genes(data: AnnData | MuData, var_names: Sequence[str] | dict[str, Sequence[str]]) -> AnnData | MuData:
     """The data with the model's genes in the model's order; reordered, and said so, where they are not.
+
+    Parameters
+    ----------
+    data
+        An AnnData, or, where ``var_names`` come by modality, a MuData.
+    var_names
+        The model's names.
 
     Raises
     ------
     ValueError
         If genes are missing.
     """
-    check_anndata(adata)
+    if not isinstance(var_names, dict):
+        check_anndata(data)
+        return _match_part(data, var_names)
+    check_mudata(data, var_names)
+    matched = {modality: _match_part(data, names, modality) for modality, names in var_names.items()}
+    if all(matched[modality] is data.mod[modality] for modality in var_names):
+        return data
+    from mudata import MuData, set_options
+
+    with set_options(pull_on_update=False):
+        whole = MuData({**data.mod, **matched})[data.obs_names].copy()
+        whole.obs, whole.uns = data.obs, data.uns
+    for key, values in data.obsm.items():
+        whole.obsm[key] = values
+    return whole
+
+
+def _match_part(data: AnnData | MuData, var_names: Sequence[str], modality: str | None = None) -> AnnData:
+    """The data, or one of its modalities."""
+    adata, name = part_of(data, modality), name_of(data, modality)
     here = adata.var_names.astype(str)
     if len(here) == len(var_names) and np.array_equal(here, var_names):
         return adata
+    what = "genes" if modality is None else "features"
     position = here.get_indexer(var_names)
-    missing = [name for name, i in zip(var_names, position, strict=True) if i < 0]
+    missing = [gene for gene, i in zip(var_names, position, strict=True) if i < 0]
     if missing:
         near = nearest(missing[0], here[:20_000])
         hint = f" The nearest name to {missing[0]!r} is {near!r}." if near else ""
         raise ValueError(
-            f"adata: {len(missing)} of the model's {len(var_names)} genes are not among adata.var_names: "
+            f"{name}: {len(missing)} of the model's {len(var_names)} {what} are not among {name}.var_names: "
             f"{listing(missing)}.{hint} Names must be those that the model was trained with."
         )
-    what = ["are in another order than the model's"] if (np.diff(position) < 0).any() else []
+    how = ["are in another order than the model's"] if (np.diff(position) < 0).any() else []
     if (surplus := len(here) - len(var_names)) > 0:
-        what.append(f"include {surplus} that the model does not know")
-    warn(f"The genes of adata {' and '.join(what)}: a copy with the model's genes in its order is used.")
+        how.append(f"include {surplus} that the model does not know")
+    warn(f"The {what} of {name} {' and '.join(how)}: a copy with the model's {what} in its order is used.")
     return (adata.to_memory() if adata.isbacked else adata)[:, position].copy()

@@ -22,30 +22,48 @@ class Rows:
     ----------
     matrix
         NumPy array, SciPy CSR or CSC matrix, or what ``adata.X`` is when the file is backed.
+    place_n
+        Row of the matrix for each row asked for; -1 for a row of zeros. All rows in their order if not given.
 
     Examples
     --------
     >>> Rows(np.array([[0, 1], [2, 0]]))[np.array([1, 0, 1])].toarray().tolist()
     [[2, 0], [0, 1], [2, 0]]
+    >>> Rows(np.array([[0, 1], [2, 0]]), np.array([1, -1, 0]))[np.array([0, 1])].toarray().tolist()
+    [[2, 0], [0, 0]]
     """
 
-    def __init__(self, matrix: Any):
+    def __init__(self, matrix: Any, place_n: np.ndarray | None = None):
         if is_sparse_file(matrix) and matrix.format == "csc":
             matrix = matrix.to_memory()
         self.matrix = matrix.tocsr() if sparse.issparse(matrix) else matrix
-        self.in_file = is_file(matrix)
+        self.in_file, self.place_n = is_file(matrix), place_n
 
     def __len__(self) -> int:
-        return int(self.matrix.shape[0])
+        return int(self.matrix.shape[0]) if self.place_n is None else len(self.place_n)
 
     def __getitem__(self, row_n: np.ndarray) -> sparse.csr_matrix:
+        if self.place_n is None:
+            return self._read(row_n)
+        place_n = self.place_n[row_n]
+        found = self._read(place_n[place_n >= 0])
+        length_n = np.zeros(len(row_n), np.int64)
+        length_n[place_n >= 0] = np.diff(found.indptr)
+        start = np.concatenate([[0], np.cumsum(length_n)])
+        return sparse.csr_matrix((found.data, found.indices, start), (len(row_n), found.shape[1]))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self), int(self.matrix.shape[1])
+
+    def _read(self, row_n: np.ndarray) -> sparse.csr_matrix:
         found_n = np.unique(row_n) if self.in_file else row_n  # files want numbers that increase, each once
         found = canonical(self.matrix[_as_slice(found_n)])
         return found if np.array_equal(found_n, row_n) else found[np.searchsorted(found_n, row_n)]
 
     def blocks(self) -> Iterator[np.ndarray]:
         """All rows in blocks that hold about ``CHUNK`` numbers."""
-        n, g = self.matrix.shape
+        n, g = len(self), self.matrix.shape[1]
         stored = self.matrix.group["data"].shape[0] if is_sparse_file(self.matrix) else n * g
         step = max(1, CHUNK * n // max(1, stored))
         for i in range(0, n, step):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from scvi_lite.data.disk import LazyStore
-from scvi_lite.data.rows import Rows
+from scvi_lite.data.disk import LazyStore, open_backed
 from scvi_lite.data.store import CellStore, CompactCSR
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ def write_store(store: CellStore | LazyStore, source: tuple[str, Registry] | Non
     """
     tensors = {f"cells.{name}": values for name, values in store.cells.items()}
     if isinstance(store, LazyStore):
-        if source is None or not store.matrix.in_file:
+        if source is None or not all(rows.in_file for rows in store.counts.values()):
             raise ValueError(
                 "adata is a view of a backed file, which another process cannot open. Train on adata.to_memory(), or "
                 "write it to a file of its own with adata.copy(filename)."
@@ -42,9 +41,10 @@ def write_store(store: CellStore | LazyStore, source: tuple[str, Registry] | Non
         (folder / SOURCE).write_bytes(pickle.dumps(source))
         tensors["rows"] = store.row_n
     else:
-        x = store.x.compact()
-        tensors |= {"x.start": x.start, "x.col": x.col, "x.value": x.value}
-        (folder / "n_features").write_text(str(x.n_features))
+        for name, x in store.counts.items():
+            x = x.compact()
+            tensors |= {f"start.{name}": x.start, f"col.{name}": x.col, f"value.{name}": x.value}
+            (folder / f"n_features.{name}").write_text(str(x.n_features))
     for name, values in tensors.items():
         np.save(folder / f"{name}.npy", values.cpu().numpy())
 
@@ -53,13 +53,18 @@ def read_store(folder: Path) -> CellStore | LazyStore:
     """The store that :func:`write_store` wrote; its tensors are read as they are used."""
     cells = {path.stem.removeprefix("cells."): _map(path) for path in folder.glob("cells.*.npy")}
     if (folder / SOURCE).exists():
-        import anndata
-
         filename, registry = pickle.loads((folder / SOURCE).read_bytes())
-        matrix = registry.read(anndata.read_h5ad(filename, backed="r"), "x")
-        return LazyStore.of(Rows(matrix), cells, _map(folder / "rows.npy"))
-    x: dict[str, Any] = {name: _map(folder / f"x.{name}.npy") for name in ("start", "col", "value")}
-    return CellStore(CompactCSR(**x, n_features=int((folder / "n_features").read_text())), cells)
+        data = open_backed(filename)
+        counts = {name: registry.rows(data, name) for name in registry.matrices}
+        return LazyStore.of(counts, cells, _map(folder / "rows.npy"))
+    return CellStore({path.suffix[1:]: _read_csr(path) for path in folder.glob("n_features.*")}, cells)
+
+
+def _read_csr(path: Path) -> CompactCSR:
+    """The matrix that the name of the file stands for."""
+    name = path.suffix[1:]
+    start, col, value = (_map(path.with_name(f"{part}.{name}.npy")) for part in ("start", "col", "value"))
+    return CompactCSR(start, col, value, n_features=int(path.read_text()))
 
 
 def _map(path: Path) -> Tensor:

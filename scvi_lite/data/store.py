@@ -18,6 +18,7 @@ from scvi_lite.data.rows import Rows, canonical, row_sums
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from mudata import MuData
 
     from scvi_lite.data.registry import Registry
 
@@ -116,9 +117,14 @@ class CellStore:
     ``store[rows]`` gathers a minibatch on the device of the store in one vectorised step.
     """
 
-    x: CompactCSR
+    counts: dict[str, CompactCSR]  #: by name of the Batch attribute: ``x``, and further modalities
     cells: dict[str, Tensor]  #: by name of the Batch attribute, each with n rows
     row_n: Tensor | None = None  #: which of these cells make up the store, in its order; None for all
+
+    @property
+    def x(self) -> CompactCSR:
+        """The first counts, which all data have."""
+        return self.counts["x"]
 
     def __len__(self) -> int:
         return len(self.x if self.row_n is None else self.row_n)
@@ -131,14 +137,14 @@ class CellStore:
     @property
     def n_bytes(self) -> int:
         """Memory that the store takes."""
-        tensors = [self.x.start, self.x.col, self.x.value, *self.cells.values()]
+        tensors = [t for x in self.counts.values() for t in (x.start, x.col, x.value)] + list(self.cells.values())
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def __getitem__(self, row_n: Tensor) -> Batch:
         row_n = row_n if self.row_n is None else self.row_n[row_n]
         on_device = row_n.to(self.device)
         cells = {name: values.index_select(0, on_device) for name, values in self.cells.items()}
-        return Batch(x=self.x.gather(row_n), **cells)
+        return Batch(**{name: x.gather(row_n) for name, x in self.counts.items()}, **cells)
 
     def take(self, row_n: Tensor) -> CellStore:
         """A store of some of the cells, without a copy; ``row_n`` of its batches counts in the whole data set."""
@@ -148,10 +154,14 @@ class CellStore:
         """The same cells on a device; of a part of a store, only that part is copied there."""
         if torch.device(device) == self.device:
             return self
-        x, cells = self.x, self.cells
+        counts, cells = self.counts, self.cells
         if self.row_n is not None:
-            x, cells = x.take(self.row_n), {name: values[self.row_n] for name, values in cells.items()}
-        return CellStore(x.compact().to(device), {name: values.to(device) for name, values in cells.items()})
+            counts = {name: x.take(self.row_n) for name, x in counts.items()}
+            cells = {name: values[self.row_n] for name, values in cells.items()}
+        return CellStore(
+            {name: x.compact().to(device) for name, x in counts.items()},
+            {name: values.to(device) for name, values in cells.items()},
+        )
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """All cells in order."""
@@ -170,31 +180,38 @@ def positions(first_n: Tensor, start: Tensor, device: torch.device) -> tuple[Ten
     return (first_n - start[:-1]).to(device)[row_m] + torch.arange(m, device=device), row_m
 
 
-def cell_tensors(adata: AnnData, registry: Registry) -> dict[str, Tensor]:
-    """The cell-level fields of ``adata``, each with one row a cell, and the cells' numbers."""
+def cell_tensors(adata: AnnData | MuData, registry: Registry) -> dict[str, Tensor]:
+    """The cell-level fields of ``adata``, each with one row a cell, the cells' numbers, and what they lack."""
     tensors = {"row_n": torch.arange(adata.n_obs)}
     for name, state in registry.fields.items():
         if state["kind"] != Matrix.kind:
             tensors[name] = torch.from_numpy(registry.read(adata, name))
+    for name in registry.modalities:
+        place_n = registry.place(adata, name)
+        if place_n is not None and (place_n < 0).any():
+            tensors[f"has_{name.split('_')[0]}_n"] = torch.from_numpy(place_n >= 0)
     return tensors
 
 
-def load(adata: AnnData, registry: Registry) -> CellStore:
+def load(adata: AnnData | MuData, registry: Registry) -> CellStore:
     """All cells in a store on the CPU; what is in memory in canonical form stays where it is."""
-    matrix = registry.read(adata, "x")
-    csr = canonical(matrix) if sparse.issparse(matrix) and matrix.format == "csr" else None
-    as_it_is = csr is not None and np.shares_memory(csr.data, matrix.data) and csr.data.dtype in (np.float32, np.int32)
-    counts = CompactCSR.view(csr) if as_it_is else read_rows(matrix if csr is None else csr)
+    counts = {name: _load(registry.read(adata, name), registry.place(adata, name)) for name in registry.matrices}
     cells = cell_tensors(adata, registry)
-    cells.setdefault("total_n", counts.totals())
+    cells.setdefault("total_n", counts["x"].totals())
     return CellStore(counts, cells)
 
 
-def read_rows(matrix: Any) -> CompactCSR:
+def _load(matrix: Any, place_n: np.ndarray | None) -> CompactCSR:
+    csr = canonical(matrix) if place_n is None and sparse.issparse(matrix) and matrix.format == "csr" else None
+    as_it_is = csr is not None and np.shares_memory(csr.data, matrix.data) and csr.data.dtype in (np.float32, np.int32)
+    return CompactCSR.view(csr) if as_it_is else read_rows(matrix if csr is None else csr, place_n)
+
+
+def read_rows(matrix: Any, place_n: np.ndarray | None = None) -> CompactCSR:
     """All rows of a matrix as compact CSR; dense ones and files are read a block of rows at a time."""
-    if sparse.issparse(matrix):
+    if sparse.issparse(matrix) and place_n is None:
         return CompactCSR.from_matrix(matrix)
-    rows = Rows(matrix)
+    rows = Rows(matrix, place_n)
     return CompactCSR.join([CompactCSR.from_matrix(rows[block]) for block in rows.blocks()])
 
 

@@ -9,26 +9,40 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from scvi_lite.errors import listing
+from scvi_lite.errors import listing, warn
 from scvi_lite.io.folder import find_data
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from mudata import MuData
 
     from scvi_lite.data.registry import Registry
 
 
-def check_names(var_names: Any, registry: Registry) -> list[str]:
-    """The names of a saved model's genes.
+def check_names(var_names: Any, registry: Registry) -> list[str] | dict[str, list[str]]:
+    """The names of a saved model's genes; of a MuData, of the features by modality.
 
     Raises
     ------
     ValueError
         If they are no names, or repeat, or are not as many as the model has genes.
     """
+    if registry.modalities:
+        by_modality = var_names if isinstance(var_names, dict) else {}
+        if missing := [name for name in registry.modalities.values() if name not in by_modality]:
+            raise ValueError(f"The model is damaged: its var_names lack the modality {missing[0]!r}.")
+        return {
+            modality: _check_names(by_modality[modality], registry.n_features if field == "x" else None)
+            for field, modality in registry.modalities.items()
+        }
+    return _check_names(var_names, registry.n_features)
+
+
+def _check_names(var_names: Any, n_features: int | None) -> list[str]:
     names = list(var_names)
-    if not (all(isinstance(name, str) for name in names) and len(set(names)) == len(names) == registry.n_features):
-        raise ValueError(f"The model is damaged: its var_names are not {registry.n_features} different names.")
+    n_features = len(names) if n_features is None else n_features
+    if not (all(isinstance(name, str) for name in names) and len(set(names)) == len(names) == n_features):
+        raise ValueError(f"The model is damaged: its var_names are not {n_features} different names.")
     return names
 
 
@@ -67,18 +81,26 @@ def load_weights(module: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
     ]
     if differ:
         raise ValueError(f"The weights do not fit the model's arguments and data: {differ[0]}, {len(differ)} in all.")
+    broken = [name for name, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
+    if broken:
+        warn(f"The saved weights are NaN or infinite in {listing(broken)}: this model answers nothing of use.")
     module.load_state_dict(state)
 
 
-def read_data(dir_path: str | Path, prefix: str, foreign: bool) -> AnnData:
+def read_data(dir_path: str | Path, prefix: str, foreign: bool) -> AnnData | MuData:
     """The data that were saved with a model."""
-    import anndata
-
-    beside = Path(dir_path).expanduser() / f"{prefix}adata.h5ad"
-    path = (beside if beside.is_file() else None) if foreign else find_data(dir_path, prefix)
+    beside = [Path(dir_path).expanduser() / f"{prefix}{name}" for name in ("adata.h5ad", "mdata.h5mu")]
+    path = next((file for file in beside if file.is_file()), None) if foreign else find_data(dir_path, prefix)
     if path is None:
         raise FileNotFoundError(
-            f"{dir_path} holds no {beside.name}: the model was saved without its data. "
+            f"{dir_path} holds no {beside[0].name} nor {beside[1].name}: the model was saved without its data. "
             "Give them: load(..., adata=adata)."
         )
+    if path.suffix == ".h5mu":
+        import mudata
+
+        with mudata.set_options(pull_on_update=False):
+            return mudata.read_h5mu(path)
+    import anndata
+
     return anndata.read_h5ad(path)

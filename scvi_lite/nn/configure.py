@@ -65,7 +65,7 @@ def activation_name(activation: Any) -> Any:
 
 def library_prior(adata: AnnData, registry: Registry) -> tuple[Tensor, Tensor]:
     """Mean and variance of the log total counts in each batch, each (b,); cells without counts are left out."""
-    total_n = read_rows(registry.read(adata, "x")).totals().numpy().astype(np.float64)
+    total_n = read_rows(registry.read(adata, "x"), registry.place(adata, "x")).totals().numpy().astype(np.float64)
     batch_n = registry.read(adata, "batch_n")
     loc_b, var_b = np.zeros(registry.n_batches), np.ones(registry.n_batches)
     for b in range(registry.n_batches):

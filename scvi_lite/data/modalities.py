@@ -1,0 +1,134 @@
+"""Several modalities of the same cells: a MuData as one table of cells, whatever order and part each modality has."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from scvi_lite.errors import UnknownKeyError, check_options, listing, unknown
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from mudata import MuData
+
+CURES = {
+    "NoneType": "Give the data that setup_mudata was called with.",
+    "str": "Read the file first: mudata.read_h5mu(path).",
+    "PosixPath": "Read the file first: mudata.read_h5mu(path).",
+    "AnnData": "Make one, mudata.MuData({'rna': rna, ...}), or set an AnnData up with setup_anndata.",
+}
+
+
+def is_mudata(data: Any) -> bool:
+    """Whether it is a MuData. Where mudata was never imported, nothing is, and it need not be imported to know."""
+    mudata = sys.modules.get("mudata")
+    return mudata is not None and isinstance(data, mudata.MuData)
+
+
+def part_of(data: AnnData | MuData, modality: str | None) -> AnnData | MuData:
+    """The AnnData of a modality; the data themselves where none is named."""
+    return data if modality is None else data.mod[modality]
+
+
+def name_of(data: AnnData | MuData, modality: str | None) -> str:
+    """What to call it in a message."""
+    if modality is not None:
+        return f"mdata[{modality!r}]"
+    return "mdata" if is_mudata(data) else "adata"
+
+
+def place_of(data: AnnData | MuData, modality: str | None) -> np.ndarray | None:
+    """Row (n,) of each cell in a modality, -1 where it was not measured; None where the rows are the same."""
+    if modality is None:
+        return None
+    here = data.mod[modality].obs_names
+    return None if here.equals(data.obs_names) else here.get_indexer(data.obs_names)
+
+
+def check_mudata(mdata: Any, modalities: Iterable[str]) -> None:
+    """Refuse what is not a MuData, lacks a modality, or cannot be read as one table of cells.
+
+    Raises
+    ------
+    TypeError
+        If it is something else.
+    KeyError
+        If a modality does not exist.
+    ValueError
+        If there are no cells or features, names repeat, or cells are not shared.
+    """
+    if not is_mudata(mdata):
+        kind = type(mdata).__name__
+        raise TypeError(
+            f"mdata is a {kind}; a MuData with the modalities {listing(modalities)} is needed. "
+            f"{CURES.get(kind, '')}".rstrip()
+        )
+    if mdata.axis != 0:
+        raise ValueError(f"mdata shares its variables (axis={mdata.axis}); a MuData that shares cells is needed.")
+    if mdata.n_obs == 0:
+        raise ValueError("mdata has no cells; at least one is needed.")
+    if not mdata.obs_names.is_unique:
+        raise ValueError("mdata.obs_names repeat: cells are matched by name. Make the names of each modality unique.")
+    for modality in dict.fromkeys(modalities):
+        if modality not in mdata.mod:
+            raise UnknownKeyError(unknown("modality", modality, mdata.mod, "a modality of mdata", "Modalities"))
+        _check_modality(mdata, modality)
+
+
+def _check_modality(mdata: MuData, modality: str) -> None:
+    adata = mdata.mod[modality]
+    if adata.n_vars == 0 or adata.n_obs == 0:
+        raise ValueError(f"mdata[{modality!r}] has {adata.n_obs} cells and {adata.n_vars} features.")
+    for axis, names in (("obs", adata.obs_names), ("var", adata.var_names)):
+        if not names.is_unique:
+            raise ValueError(
+                f"mdata[{modality!r}].{axis}_names repeat, {names[names.duplicated()][0]!r} for one. "
+                f"Call mdata[{modality!r}].{axis}_names_make_unique() and mdata.update() first."
+            )
+    if not adata.obs_names.isin(mdata.obs_names).all():
+        raise ValueError(f"mdata[{modality!r}] has cells that mdata.obs_names lack. Call mdata.update() first.")
+
+
+def read_modalities(
+    mdata: MuData, modalities: Mapping[str, str | None] | None, arguments: Collection[str], needed: Iterable[str]
+) -> dict[str, str | None]:
+    """For each argument of ``setup_mudata`` the modality in which to look; None for the whole.
+
+    Parameters
+    ----------
+    mdata
+        The data.
+    modalities
+        What the user gave: modalities by argument.
+    arguments
+        Those that may be named.
+    needed
+        Those that must be.
+
+    Raises
+    ------
+    TypeError
+        If an argument does not exist.
+    KeyError, ValueError
+        If a modality does not exist, or is not named.
+    """
+    given = dict(modalities or {})
+    check_options("modalities", given, arguments)
+    needed = list(needed)
+    check_mudata(mdata, ())
+    for argument in needed:
+        if given.get(argument) is None:
+            example = ", ".join(f"{name!r}: ..." for name in needed)
+            raise ValueError(
+                f"modalities does not say which modality {argument} is for. Write modalities={{{example}}}, with "
+                f"{listing(mdata.mod)} for the dots."
+            )
+    for argument, modality in given.items():
+        if modality is not None and modality not in mdata.mod:
+            raise UnknownKeyError(
+                unknown(f"modalities[{argument!r}]", modality, mdata.mod, "a modality of mdata", "Modalities")
+            )
+    return {argument: given.get(argument) for argument in arguments}

@@ -1,0 +1,117 @@
+"""Counts of proteins beside those of genes: a matrix of ``obsm``, or a modality of its own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from scvi_lite.data.checks import check_counts
+from scvi_lite.data.fields import Field, Matrix
+from scvi_lite.data.modalities import name_of, part_of, place_of
+from scvi_lite.errors import UnknownKeyError, listing, unknown
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from mudata import MuData
+
+    Data = AnnData | MuData
+
+
+class Proteins(Field):
+    """Counts of proteins (n, p): a matrix of ``obsm``, or the variables of a modality. Columns are found by name."""
+
+    kind = "proteins"
+    parts = {"argument": str, "key": str | None, "layer": str | None, "names_key": str | None, "names": list}
+    has_features = True
+
+    def __init__(
+        self,
+        name: str,
+        key: str | None = None,
+        names_key: str | None = None,
+        layer: str | None = None,
+        modality: str | None = None,
+    ):
+        super().__init__(name, modality)
+        self.argument = "protein_layer" if key is None else "protein_expression_obsm_key"
+        self.key, self.names_key, self.layer = key, names_key, layer
+
+    def register(self, adata: Data) -> dict[str, Any]:
+        state = self.state(argument=self.argument, key=self.key, layer=self.layer, names_key=self.names_key)
+        matrix = self._matrix(adata, state)
+        names = self._names(adata, state, matrix)
+        if names is None:
+            names = [f"protein_{i}" for i in range(matrix.shape[1])]
+        if len(names) != matrix.shape[1]:
+            raise ValueError(f"{self.argument}: {len(names)} names were found for {matrix.shape[1]} proteins.")
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"{self.argument}: the names of proteins repeat: {listing(repeated)}. Give each its own.")
+        state["names"] = names
+        self.check(adata, state)
+        return state
+
+    @classmethod
+    def _matrix(cls, adata: Data, state: dict[str, Any]) -> Any:
+        """The counts as they are: a frame, an array, or a sparse matrix."""
+        if "modality" in state:
+            return Matrix.read(adata, state)
+        if state["key"] not in adata.obsm:
+            raise UnknownKeyError(unknown(state["argument"], state["key"], adata.obsm, "a key of adata.obsm", "Keys"))
+        matrix = adata.obsm[state["key"]]
+        if matrix.ndim != 2 or matrix.shape[1] == 0:
+            raise ValueError(f"{state['argument']}={state['key']!r} has shape {matrix.shape}; (n, p) is needed.")
+        return matrix
+
+    @classmethod
+    def _names(cls, adata: Data, state: dict[str, Any], matrix: Any) -> list[str] | None:
+        """Names of its columns, where they have some."""
+        if "modality" in state:
+            return part_of(adata, state["modality"]).var_names.astype(str).tolist()
+        if isinstance(matrix, pd.DataFrame):
+            return matrix.columns.astype(str).tolist()
+        key = state["names_key"]
+        if key is None:
+            return None
+        if key not in adata.uns:
+            raise UnknownKeyError(unknown("protein_names_uns_key", key, adata.uns, "a key of adata.uns", "Keys"))
+        return [str(name) for name in adata.uns[key]]
+
+    @classmethod
+    def check(cls, adata: Data, state: dict[str, Any]) -> None:
+        """Refuse what are no counts."""
+        name = name_of(adata, state.get("modality"))
+        where = f"{name}.X" if state["key"] is None else f"{name}.obsm[{state['key']!r}]"
+        values_np = cls.read(adata, state)
+        if np.isnan(values_np).any():
+            raise ValueError(
+                f"{where} holds NaN in {np.isnan(values_np).any(1).sum()} cells. Put 0 where a protein was not "
+                "measured: one that is 0 in all cells of a batch counts as missing there. "
+                f"{where} = {where}.fillna(0)"
+            )
+        check_counts(values_np, where)
+
+    @classmethod
+    def read(cls, adata: Data, state: dict[str, Any]) -> np.ndarray:
+        """Counts (n, p) float32 in the order of the names; 0 for cells that the modality does not have."""
+        matrix = cls._matrix(adata, state)
+        names, here = state["names"], cls._names(adata, state, matrix)
+        values = matrix.toarray() if sparse.issparse(matrix) else np.asarray(matrix)
+        try:
+            values_np = values.astype(np.float32)
+        except (TypeError, ValueError):
+            raise ValueError(f"{state['argument']}: the proteins hold {values.dtype}, not numbers.") from None
+        if here is not None and here != names:
+            position_p = pd.Index(here).get_indexer(names)
+            missing = [name for name, i in zip(names, position_p) if i < 0]
+            if missing:
+                raise UnknownKeyError(unknown("protein", missing[0], here, "among those of these data", "Proteins"))
+            values_np = values_np[:, position_p]
+        if values_np.shape[1] != len(names):
+            raise ValueError(f"{values_np.shape[1]} proteins are there; the model has {len(names)}: {listing(names)}.")
+        place_n = place_of(adata, state.get("modality"))
+        if place_n is None:
+            return np.ascontiguousarray(values_np)
+        return np.where(place_n[:, None] >= 0, values_np[place_n], np.float32(0))
