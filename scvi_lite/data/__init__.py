@@ -11,8 +11,20 @@ __getattr__, __dir__ = lazy(
         "Registry": "scvi_lite.data.registry",
         "pbmc68k_reduced": "scvi_lite.data.datasets",
         "synthetic_iid": "scvi_lite.data.datasets",
+        "poisson_gene_selection": "scvi_lite.data.selection",
+        "read_h5ad": "anndata",
         "simulate": "scvi_lite.data.simulator",
     },
 )
 
-__all__ = ["Batch", "CellStore", "Counts", "Registry", "pbmc68k_reduced", "simulate", "synthetic_iid"]
+__all__ = [
+    "Batch",
+    "CellStore",
+    "Counts",
+    "Registry",
+    "pbmc68k_reduced",
+    "poisson_gene_selection",
+    "read_h5ad",
+    "simulate",
+    "synthetic_iid",
+]
