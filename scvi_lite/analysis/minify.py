@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,7 @@ from scipy import sparse
 
 from scvi_lite.analysis.inputs import to_numpy
 from scvi_lite.data.fields import Continuous, Embedding, Field
-from scvi_lite.data.registry import UNS_KEY
+from scvi_lite.data.registry import note
 from scvi_lite.errors import StateError, UnknownKeyError, unknown
 
 if TYPE_CHECKING:
@@ -89,7 +88,7 @@ def minify_adata(
         fields["x"] = fields["x"] | {"layer": None, "minified": True}
     fields |= {field.name: {"kind": field.kind, **field.register(adata)} for field in stored}
     registry = replace(model.registry, fields=fields)
-    adata.uns[UNS_KEY] = dict(adata.uns.get(UNS_KEY, {})) | {registry.model_name: json.dumps(registry.to_dict())}
+    note(registry, adata)
     model.registry, model.adata = registry, adata
 
 
@@ -100,13 +99,21 @@ def minified(model: Model) -> str | None:
     return WITHOUT_COUNTS if model.registry.fields["x"].get("minified") else WITH_COUNTS
 
 
+STORED = {"qz_loc_nk": "obsm", "qz_scale_nk": "obsm", "total_n": "obs"}  # where the fields of minified data are
+
+
 def setup_for(registry: Registry, adata: AnnData) -> Registry:
     """The setup to read ``adata`` with: that for counts, where it was made for minified data and these are full."""
-    posterior = {"qz_loc_nk": "obsm", "qz_scale_nk": "obsm", "total_n": "obs"}
-    stored = {name: where for name, where in posterior.items() if name in registry.fields}
-    if all(registry.fields[name]["key"] in getattr(adata, where) for name, where in stored.items()):
+    stored = {name: where for name, where in STORED.items() if name in registry.fields}
+    there = all(registry.fields[name]["key"] in getattr(adata, where) for name, where in stored.items())
+    return registry if there else setup_for_counts(registry)
+
+
+def setup_for_counts(registry: Registry) -> Registry:
+    """The setup before the data were minified."""
+    if "qz_loc_nk" not in registry.fields:
         return registry
-    fields = {name: state for name, state in registry.fields.items() if name not in stored}
+    fields = {name: state for name, state in registry.fields.items() if name not in STORED}
     counts = {name: value for name, value in fields["x"].items() if name != "minified"}
     fields["x"] = counts | {"layer": registry.setup_args["layer"]}
     return replace(registry, fields=fields)

@@ -112,6 +112,11 @@ class Registry:
         return len(self.categories("batch_n"))
 
     @property
+    def n_categories(self) -> list[int]:
+        """Number of categories of each categorical covariate, the batch first."""
+        return [self.n_batches, *(len(column["categories"]) for column in self.fields["cats_nc"]["columns"])]
+
+    @property
     def n_labels(self) -> int:
         return len(self.categories("label_n"))
 
@@ -159,7 +164,8 @@ class Registry:
         """
         # A setup that cannot be read, as of another version, is no reason to refuse data: it is not used.
         minified = '"minified": true' in str(setups_of(adata).get(self.model_name))
-        if minified and not self.fields["x"].get("minified"):
+        reads_counts = not self.fields["x"].get("minified")
+        if minified and reads_counts:
             raise StateError(
                 f"adata was minified and holds no counts, which this {self.model_name} reads. Give the full data, or "
                 "load the model that minified them."
@@ -190,11 +196,16 @@ def register(adata: Data, model_name: str, fields: Sequence[Field], setup_args: 
     states = {field.name: state_of[field.name] for field in fields}
     n_features = part_of(adata, states["x"].get("modality")).n_vars
     registry = Registry(model_name, setup_args, states, adata.n_obs, n_features)
+    note(registry, adata)
+    return registry
+
+
+def note(registry: Registry, adata: Data) -> None:
+    """Write a setup to ``adata.uns["scvi_lite"]``."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Trying to modify attribute", category=UserWarning)  # a view becomes a copy
         # As text, because an .h5ad file keeps no None and no empty or mixed list as it was.
-        adata.uns[UNS_KEY] = setups_of(adata) | {model_name: json.dumps(registry.to_dict())}
-    return registry
+        adata.uns[UNS_KEY] = setups_of(adata) | {registry.model_name: json.dumps(registry.to_dict())}
 
 
 def setups_of(adata: Data) -> dict[str, Any]:

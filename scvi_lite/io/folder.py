@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,7 @@ class SavedModel:
     indices: dict[str, np.ndarray]  #: positions of the cells in "train", "validation" and "test"
     is_trained: bool
     version: str  #: of the scvi_lite that wrote it
+    frozen: dict[str, Any] = field(default_factory=dict)  #: what training leaves as it is, in a model of a query
 
 
 def write_folder(
@@ -150,6 +151,7 @@ def read_folder(path: str | Path, prefix: str = "") -> SavedModel:
         indices={split: _rows(name, tensors[name]) for split, name in index_names.items() if name in tensors},
         is_trained=info["is_trained"],
         version=info["version"],
+        frozen=info.get("frozen", {}),
     )
 
 
@@ -243,6 +245,7 @@ def _describe(saved: SavedModel, weights: bytes, tensors: dict[str, list[int]], 
         "is_trained": bool(saved.is_trained),
         "arguments": saved.arguments,
         "registry": saved.registry,
+        "frozen": saved.frozen,
         "history": {name: _history_column(frame) for name, frame in saved.history.items()},
         "weights": {"bytes": len(weights), "sha256": hashlib.sha256(weights).hexdigest()},
         "data": data,

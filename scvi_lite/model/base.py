@@ -14,6 +14,7 @@ import torch
 
 from scvi_lite._elsewhere import instead_of
 from scvi_lite._settings import settings
+from scvi_lite.analysis import minify
 from scvi_lite.analysis.inputs import cell_rows, whole_number
 from scvi_lite.data import registry as registries
 from scvi_lite.data.batch import Batch
@@ -22,7 +23,7 @@ from scvi_lite.data.fields import Field
 from scvi_lite.data.genes import match_genes
 from scvi_lite.data.modalities import is_mudata
 from scvi_lite.data.registry import Registry, describe_field
-from scvi_lite.errors import StateError, listing, unknown, warn
+from scvi_lite.errors import StateError, listing, unknown, warn, without_absent
 from scvi_lite.model import files
 from scvi_lite.nn.module import Module
 from scvi_lite.train.plan import Plan
@@ -32,6 +33,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("scvi_lite")
 
+ABSENT = {
+    "registry": "a model is made with an AnnData",
+    "datamodule": "a model is made with an AnnData, which may be backed by a file larger than memory",
+    "extra_encoder_kwargs": "layers are chosen by n_hidden, n_layers, dropout_rate, use_batch_norm and use_layer_norm",
+    "extra_decoder_kwargs": "layers are chosen by n_hidden, n_layers, dropout_rate, use_batch_norm and use_layer_norm",
+    "extra_payload_autotune": "metrics are in model.history",
+    "library_log_means": "they are computed from the counts",
+    "library_log_vars": "they are computed from the counts",
+}
 INFERENCE_BATCH = 1024  # no gradients are kept, so minibatches can be larger than in training
 
 
@@ -54,10 +64,12 @@ class Model(ABC):
 
     plan: ClassVar[Plan] = Plan()  #: default options of the training
     reads_mudata: ClassVar[bool] = False  #: whether it has ``setup_mudata``
+    _before_training = "its answers are random"
 
     def __init__(self, adata: AnnData, arguments: dict[str, Any]):
         if not (self.reads_mudata and is_mudata(adata)):
             registries.check_anndata(adata)
+        arguments = without_absent(type(self).__name__, arguments, ABSENT)
         self._build(adata, registries.find(adata, type(self).__name__), arguments)
 
     def _build(self, adata: AnnData, registry: Registry, arguments: dict[str, Any]) -> None:
@@ -244,9 +256,18 @@ class Model(ABC):
 
     def _check_can_train(self) -> None:
         """Refuse what cannot be trained; models add to it."""
-        if "qz_loc_nk" in self.registry.fields:
+        if minify.minified(self) == minify.WITHOUT_COUNTS:
             raise StateError(
-                "The data of this model are minified: a model is trained with counts. Make it with the full data."
+                "The data of this model were minified without counts, and a model is trained with counts. Load it with "
+                "the full data."
+            )
+        if minify.minified(self) is not None:  # the stored posteriors will be out of date: counts are read again
+            self.registry = minify.setup_for_counts(self.registry)
+            registries.note(self.registry, self.adata)
+        if not any(parameter.requires_grad for parameter in self.module.parameters()):
+            raise StateError(
+                "All weights of this model are frozen, and the query has no batch or category that is new. Use it as "
+                "it is, or make it with load_query_data(..., unfrozen=True)."
             )
 
     @property
@@ -268,7 +289,7 @@ class Model(ABC):
 
     def _warn_if_untrained(self) -> None:
         if not self.is_trained:
-            warn(f"This {type(self).__name__} is not trained: its answers are random. Call train() first.")
+            warn(f"This {type(self).__name__} is not trained: {self._before_training}. Call train() first.")
 
     # Files ------------------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -11,13 +12,16 @@ from scvi_lite.data.genes import match_genes
 from scvi_lite.data.modalities import is_mudata
 from scvi_lite.data.registry import Registry
 from scvi_lite.errors import without_absent
+from scvi_lite.nn.module import Frozen
 from scvi_lite.train.devices import choose_device
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from torch import Tensor
 
     from scvi_lite.io.folder import SavedModel
     from scvi_lite.model.base import Model
+    from scvi_lite.nn.module import Module
 
 M = TypeVar("M", bound="Model")
 
@@ -126,24 +130,31 @@ def load(
     ValueError
         If the files are damaged or foreign, hold another class, or do not fit ``adata``.
     """
-    from scvi_lite.io import scvi_tools
-    from scvi_lite.io.folder import read_folder
     from scvi_lite.io.restore import read_data
+    from scvi_lite.io.scvi_tools import is_scvi_tools_folder
 
     check_path(dir_path)
     without_absent("load()", absent, LOAD_ABSENT, ("dir_path", "adata", "accelerator", "device", "prefix"))
     prefix = prefix or ""
-    foreign = scvi_tools.is_scvi_tools_folder(dir_path, prefix)
-    saved = scvi_tools.read_scvi_tools(dir_path, prefix) if foreign else read_folder(dir_path, prefix)
+    saved = read_saved(dir_path, prefix)
     if saved.class_name != cls.__name__:
         raise ValueError(
             f"{dir_path} holds a {saved.class_name}, not a {cls.__name__}. Load it with {saved.class_name}.load(...)."
         )
     if adata is None:
-        adata = read_data(dir_path, prefix, foreign)
+        adata = read_data(dir_path, prefix, is_scvi_tools_folder(dir_path, prefix))
     model = from_saved(cls, saved, adata)
     model.to_device(choose_device(accelerator, device))
     return model
+
+
+def read_saved(dir_path: str | Path, prefix: str = "") -> SavedModel:
+    """A model as plain data, from a folder that :meth:`save`, or scvi-tools, wrote; errors of :func:`load`."""
+    from scvi_lite.io import scvi_tools
+    from scvi_lite.io.folder import read_folder
+
+    foreign = scvi_tools.is_scvi_tools_folder(dir_path, prefix)
+    return scvi_tools.read_scvi_tools(dir_path, prefix) if foreign else read_folder(dir_path, prefix)
 
 
 def check_path(dir_path: Any) -> None:
@@ -171,11 +182,14 @@ def to_saved(model: Model) -> SavedModel:
         indices={part: rows for part, rows in split.items() if rows is not None},
         is_trained=model.is_trained,
         version=__version__,
+        frozen=model.module.frozen.to_dict(),
     )
 
 
-def from_saved(cls: type[M], saved: SavedModel, adata: AnnData) -> M:
-    """A model from plain data, on the CPU.
+def from_saved(
+    cls: type[M], saved: SavedModel, adata: AnnData, load: Callable[[Module, Mapping[str, Tensor]], None] | None = None
+) -> M:
+    """A model from plain data, on the CPU; ``load`` puts the weights into its module, by default as they are.
 
     Raises
     ------
@@ -190,7 +204,9 @@ def from_saved(cls: type[M], saved: SavedModel, adata: AnnData) -> M:
     registry.check(adata)
     check_sizes(saved.arguments, saved.state)
     model._build(adata, registry, saved.arguments)
-    load_weights(model.module, saved.state)
+    (load or load_weights)(model.module, saved.state)
+    if saved.frozen:
+        model.module.freeze(Frozen.from_dict(saved.frozen, model.module))
     model.is_trained, model._history = saved.is_trained, saved.history
     for part, rows in saved.indices.items():
         setattr(model, f"{part}_indices", rows)

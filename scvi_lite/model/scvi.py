@@ -19,6 +19,7 @@ from scvi_lite.analysis import (
 )
 from scvi_lite.data.batch import Batch
 from scvi_lite.data.fields import Categorical, Categoricals, Continuous, Continuouses, Field, Matrix, check_keys
+from scvi_lite.model import query
 from scvi_lite.model.base import Model
 from scvi_lite.nn.configure import activation_name, configure, library_prior
 from scvi_lite.nn.module import Loss
@@ -108,6 +109,8 @@ class SCVI(Model):
     get_importance_weights = importance.get_importance_weights
     differential_expression = differential.differential_expression
     differential_abundance = abundance.differential_abundance
+    load_query_data = classmethod(query.load_query_data)
+    prepare_query_anndata = staticmethod(query.prepare_query_anndata)
     minify_adata = minify.minify_adata
     minified_data_type = property(minify.minified)
 

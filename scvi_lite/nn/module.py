@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, Self
 
 from torch import Tensor, nn
 
@@ -26,11 +26,42 @@ class Loss:
 
 @dataclass(frozen=True)
 class Frozen:
-    """What a training leaves as it is."""
+    """What a training leaves as it is.
 
-    weights: tuple[str, ...] = ()  #: parameters
-    rows: Mapping[str, int] = field(default_factory=dict)  #: of other parameters, the number of their first rows
-    still: tuple[str, ...] = ()  #: parts that never switch to training: dropout off, batch norm by its running statistics
+    Attributes
+    ----------
+    weights
+        Parameters.
+    rows
+        Of other parameters, the number of their first rows.
+    still
+        Parts that never switch to training: no dropout there, and batch norm goes by its running statistics.
+    """
+
+    weights: tuple[str, ...] = ()
+    rows: Mapping[str, int] = field(default_factory=dict)
+    still: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data; nothing where nothing is frozen."""
+        parts = {"weights": list(self.weights), "rows": dict(self.rows), "still": list(self.still)}
+        return parts if any(parts.values()) else {}
+
+    @classmethod
+    def from_dict(cls, parts: Mapping[str, Any], module: nn.Module) -> Self:
+        """From :meth:`to_dict`, for a module.
+
+        Raises
+        ------
+        ValueError
+            If it names what the module does not have.
+        """
+        sizes = {name: max(1, p.ndim and len(p)) for name, p in module.named_parameters()}
+        weights, rows, still = (parts.get(name, ()) for name in ("weights", "rows", "still"))
+        there = set(weights) <= sizes.keys() and set(still) <= dict(module.named_modules()).keys()
+        if not (there and all(0 < n <= sizes.get(name, 0) for name, n in dict(rows).items())):
+            raise ValueError("The model is damaged: what it names as frozen is not in its network.")
+        return cls(tuple(weights), dict(rows), tuple(still))
 
 
 class Module(nn.Module, ABC):

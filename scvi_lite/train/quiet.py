@@ -17,6 +17,7 @@ NOISE = (
     r""".*Please add the following callbacks: \["ModelCheckpoint[^"]*"\]""",
     ".*Total length of `list` across ranks is zero.*",
     ".*GPU available but not used.*",
+    ".*in eval mode at the start of training.*",  # what is frozen
     ".*isinstance.treespec, LeafSpec.. is deprecated.*",
 )
 
