@@ -15,6 +15,8 @@ __version__ = "0.1.0"
 MODELS = (
     "SCVI",
     "LinearSCVI",
+    "PEAKVI",
+    "SCANVI",
 )
 
 __getattr__, __dir__ = lazy(

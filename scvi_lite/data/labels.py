@@ -14,7 +14,7 @@ from torch import Tensor
 
 from scvi_lite.data.columns import categories_of, encode, text_of
 from scvi_lite.data.fields import Categorical
-from scvi_lite.data.sampler import TrainingSampler
+from scvi_lite.data.sampler import TrainingSampler, is_number
 from scvi_lite.errors import listing, warn
 
 if TYPE_CHECKING:
@@ -87,7 +87,14 @@ class Supervision:
 
     names: Sequence[Any]
     share: float = 0.5
-    n_per_label: int | None = None
+    n_per_label: float | None = None
+
+    def __post_init__(self) -> None:
+        least = "more than 0" if self.n_per_label is not None else "0 or more"
+        if not is_number(self.share) or self.share < 0 or (self.share == 0 and self.n_per_label is not None):
+            raise ValueError(f"labeled_share={self.share!r}: a number of {least} is needed.")
+        if self.n_per_label is not None and (not is_number(self.n_per_label) or self.n_per_label < 1):
+            raise ValueError(f"n_samples_per_label={self.n_per_label!r}: a number of at least 1 is needed.")
 
     def n_extra(self, batch_size: int, label_n: Tensor) -> int:
         """Extra cells of a minibatch, where the training cells have these codes.
@@ -139,7 +146,7 @@ class Supervision:
             pool = pool[label_n[pool].argsort(stable=True)]
             first_l = torch.searchsorted(label_n[pool], torch.arange(len(self.names)))
             place_n = torch.arange(len(pool)) - first_l[label_n[pool]]
-            pool = pool[place_n < -(-self.n_per_label // world_size)]
+            pool = pool[place_n < math.ceil(self.n_per_label / world_size)]
         turns = -(-n // len(pool))
         return pool[torch.rand(turns, len(pool), generator=generator).argsort(1).flatten()[:n]]
 

@@ -123,7 +123,7 @@ def _registry(class_name: str, setup_args: dict[str, Any], fields: dict[str, Any
     for name, theirs, argument in (("batch_n", "batch", "batch_key"), ("label_n", "labels", "labels_key")):
         if state := _state(fields, theirs):
             column = _column(argument, state["original_key"], state["categorical_mapping"])
-            ours[name] = {"kind": "categorical", **column}
+            ours[name] = {"kind": "labels" if "unlabeled_category" in state else "categorical", **column}
     categorical = _state(fields, "extra_categorical_covs").get("mappings", {})
     ours["cats_nc"] = {
         "kind": "categoricals",

@@ -5,6 +5,8 @@ from scvi_lite._lazy import lazy
 FILES = {
     "SCVI": "scvi",
     "LinearSCVI": "linear_scvi",
+    "PEAKVI": "peakvi",
+    "SCANVI": "scanvi",
     "Model": "base",
 }
 

@@ -126,6 +126,29 @@ class AdversarialPlan(Plan):
         return 1 - kl_weight if self.scale_adversarial_loss == "auto" else self.scale_adversarial_loss
 
 
+@dataclass(frozen=True)
+class SemiSupervisedPlan(AdversarialPlan):
+    """Options of a training that learns the labels of some cells.
+
+    Attributes
+    ----------
+    classification_ratio
+        Weight of the classification loss.
+    """
+
+    classification_ratio: float = 50
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (isinstance(self.classification_ratio, Real) and self.classification_ratio >= 0):
+            raise ValueError(f"classification_ratio={self.classification_ratio!r}: a number of zero or more is needed.")
+
+    @property
+    def loss_options(self) -> dict[str, Any]:
+        """The weight of the classification loss."""
+        return {"classification_ratio": self.classification_ratio}
+
+
 def make_plan(defaults: Plan, options: Mapping[str, Any] | None) -> Plan:
     """The defaults with ``plan_kwargs``; an unknown option is an error that names the nearest.
 

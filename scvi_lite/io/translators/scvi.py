@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -9,8 +10,13 @@ from torch import Tensor
 from scvi_lite.io.translators.common import Rules, Setup, encoder, hidden, rename, split_one_hot
 
 
-def translate(weights: dict[str, Any], setup: Setup) -> dict[str, Tensor]:
-    """SCVI: encoder, perhaps a library encoder, decoder, dispersion."""
+def translate(
+    weights: dict[str, Any],
+    setup: Setup,
+    more_rules: Rules | None = None,
+    more_covariates: Mapping[str, Sequence[int]] | None = None,
+) -> dict[str, Tensor]:
+    """SCVI: encoder, perhaps a library encoder, decoder, dispersion; and what a model has beside them."""
     arguments = setup.arguments
     likelihood = arguments.get("gene_likelihood", "zinb")
     by_cell = arguments.get("dispersion", "gene") == "gene-cell"
@@ -28,11 +34,13 @@ def translate(weights: dict[str, Any], setup: Setup) -> dict[str, Tensor]:
         ("px_r", None if by_cell or poisson else "log_theta"),
         (r"_embeddings_dict\.batch", "batch_embedding"),
         ("pyro_param_store", None),
+        *(more_rules or []),
     ]
     state = rename(weights, rules)
     in_encoder = setup.covariates() if arguments.get("encode_covariates", False) else []
     covariates = {"encoder": in_encoder, "library_encoder": in_encoder, "decoder": setup.covariates()}
     state = split_one_hot(state, covariates, deeply=arguments.get("deeply_inject_covariates", True))
+    state = split_one_hot(state, more_covariates or {})
     for name in {"library_prior_loc", "library_prior_var"} & state.keys():
         state[name] = state[name].flatten()
     if "log_theta" in state and state["log_theta"].ndim == 2:

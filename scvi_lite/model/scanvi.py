@@ -1,0 +1,364 @@
+"""scANVI: labels of some cells, and a latent space that knows them (Xu et al. 2021, doi:10.15252/msb.20209620)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from scvi_lite.analysis import (
+    abundance,
+    differential,
+    expression,
+    importance,
+    labels,
+    latent,
+    likelihood,
+    minify,
+    predictive,
+)
+from scvi_lite.data import registry as registries
+from scvi_lite.data.fields import Categoricals, Categorical, Continuous, Continuouses, Field, Matrix, check_keys
+from scvi_lite.data.genes import match_genes
+from scvi_lite.data.labels import Labels, Supervision
+from scvi_lite.errors import StateError, as_options, warn, without_absent
+from scvi_lite.model.base import Model
+from scvi_lite.nn.classifier import Adversary
+from scvi_lite.nn.configure import activation_name, configure, library_prior
+from scvi_lite.nn.scanvi import SCANVIConfig, SCANVIModule
+from scvi_lite.train.plan import SemiSupervisedPlan, heuristic_epochs
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from scvi_lite.model.scvi import SCVI
+
+ABSENT = {"labels_groups": "labels have no groups above them here"}
+
+
+class SCANVI(Model):
+    """Single-cell annotation using variational inference: label the cells that have no label yet.
+
+    Parameters
+    ----------
+    adata
+        AnnData set up with :meth:`setup_anndata`.
+    n_hidden, n_latent, n_layers, dropout_rate, dispersion, gene_likelihood, use_observed_lib_size
+        As in :class:`~scvi_lite.model.SCVI`. With ``dispersion="gene-label"``, cells without a label share one.
+    linear_classifier
+        Tell labels apart by a linear map of latent space, without a hidden layer.
+    **network_options
+        ``classifier_parameters``: a dictionary of ``n_hidden``, ``n_layers``, ``dropout_rate``, ``use_batch_norm`` and
+        ``use_layer_norm`` of the classifier, by default those of the encoder; ``y_prior``: the probability of each
+        label, equal by default; ``latent_distribution`` and the further options of :class:`~scvi_lite.model.SCVI`.
+
+    Raises
+    ------
+    RuntimeError
+        If ``adata`` is not set up.
+    TypeError, ValueError
+        If an option does not exist, or a value is out of range.
+
+    References
+    ----------
+    Xu, Lopez, Mehlman, Regier, Jordan, Yosef (2021). Probabilistic harmonization and annotation of single-cell
+    transcriptomics data with deep generative models. Molecular Systems Biology.
+
+    Examples
+    --------
+    >>> import scvi_lite
+    >>> adata = scvi_lite.data.synthetic_iid(batch_size=50, n_genes=20)
+    >>> adata.obs["cell_type"] = adata.obs["labels"].astype(str).where(adata.obs["batch"] == "batch_0", "Unknown")
+    >>> SCANVI.setup_anndata(adata, labels_key="cell_type", unlabeled_category="Unknown", batch_key="batch")
+    >>> model = SCANVI(adata, n_latent=5)
+    >>> model.train(max_epochs=1, enable_progress_bar=False)
+    >>> model.predict(soft=True).shape
+    (100, 3)
+    """
+
+    predict = labels.predict
+    get_latent_representation = latent.get_latent_representation
+    get_latent_library_size = latent.get_latent_library_size
+    get_aggregated_posterior = latent.get_aggregated_posterior
+    get_elbo = likelihood.get_elbo
+    get_reconstruction_error = likelihood.get_reconstruction_error
+    get_marginal_ll = likelihood.get_marginal_ll
+    get_normalized_expression = expression.get_normalized_expression
+    get_likelihood_parameters = predictive.get_likelihood_parameters
+    posterior_predictive_sample = predictive.posterior_predictive_sample
+    get_feature_correlation_matrix = predictive.get_feature_correlation_matrix
+    get_importance_weights = importance.get_importance_weights
+    differential_expression = differential.differential_expression
+    differential_abundance = abundance.differential_abundance
+    minify_adata = minify.minify_adata
+    minified_data_type = property(minify.minified)
+
+    plan = SemiSupervisedPlan()
+
+    def __init__(
+        self,
+        adata: AnnData,
+        n_hidden: int = 128,
+        n_latent: int = 10,
+        n_layers: int = 1,
+        dropout_rate: float = 0.1,
+        dispersion: str = "gene",
+        gene_likelihood: str = "zinb",
+        use_observed_lib_size: bool = True,
+        linear_classifier: bool = False,
+        **network_options: Any,
+    ):
+        given = dict(
+            n_hidden=n_hidden,
+            n_latent=n_latent,
+            n_layers=n_layers,
+            dropout_rate=dropout_rate,
+            dispersion=dispersion,
+            gene_likelihood=gene_likelihood,
+            use_observed_lib_size=use_observed_lib_size,
+            linear_classifier=linear_classifier,
+        )
+        network_options = without_absent("SCANVI()", network_options, ABSENT)
+        if "var_activation" in network_options:  # as a name, which can be saved
+            network_options["var_activation"] = activation_name(network_options["var_activation"])
+        if network_options.get("y_prior") is not None:  # as plain numbers, which can be saved
+            network_options["y_prior"] = np.asarray(network_options["y_prior"], dtype=float).ravel().tolist()
+        super().__init__(adata, given | network_options)
+
+    def _make_module(self, arguments: dict[str, Any]) -> SCANVIModule:
+        config = configure(self.registry, arguments, SCANVIConfig)
+        return SCANVIModule(config, library_prior(self.adata, self.registry) if config.latent_library else None)
+
+    @classmethod
+    def setup_anndata(
+        cls,
+        adata: AnnData,
+        labels_key: str,
+        unlabeled_category: str,
+        layer: str | None = None,
+        batch_key: str | None = None,
+        size_factor_key: str | None = None,
+        categorical_covariate_keys: Sequence[str] | None = None,
+        continuous_covariate_keys: Sequence[str] | None = None,
+    ) -> None:
+        """Check the data and note what the model reads from them, in ``adata.uns["scvi_lite"]``.
+
+        Parameters
+        ----------
+        adata
+            Raw counts of cells × genes: sparse, dense or backed.
+        labels_key
+            Column of ``adata.obs`` with the labels.
+        unlabeled_category
+            What the column holds for cells without a label. If all have one, any other name.
+        layer, batch_key, size_factor_key, categorical_covariate_keys, continuous_covariate_keys
+            As in :meth:`SCVI.setup_anndata <scvi_lite.model.SCVI.setup_anndata>`.
+
+        Raises
+        ------
+        KeyError
+            If a column or layer does not exist.
+        ValueError
+            If there are fewer than two labels, counts are negative, NaN or infinite, values are missing, or names
+            repeat.
+        """
+        fields: list[Field] = [
+            Matrix("x", layer),
+            Categorical("batch_n", "batch_key", batch_key),
+            Labels("label_n", "labels_key", labels_key, unlabeled_category),
+            Categoricals("cats_nc", "categorical_covariate_keys", categorical_covariate_keys),
+            Continuouses("conts_nd", "continuous_covariate_keys", continuous_covariate_keys),
+        ]
+        if size_factor_key is not None:
+            fields.append(Continuous("size_factor_n", "size_factor_key", size_factor_key, positive=True))
+        cls._register(
+            adata,
+            fields,
+            dict(
+                labels_key=labels_key,
+                unlabeled_category=unlabeled_category,
+                layer=layer,
+                batch_key=batch_key,
+                size_factor_key=size_factor_key,
+                categorical_covariate_keys=check_keys("categorical_covariate_keys", categorical_covariate_keys),
+                continuous_covariate_keys=check_keys("continuous_covariate_keys", continuous_covariate_keys),
+            ),
+        )
+
+    @classmethod
+    def from_scvi_model(
+        cls,
+        scvi_model: SCVI,
+        unlabeled_category: str,
+        labels_key: str | None = None,
+        adata: AnnData | None = None,
+        **scanvi_kwargs: Any,
+    ) -> Self:
+        """Go on from a trained SCVI, whose options, setup and weights are taken over.
+
+        Parameters
+        ----------
+        scvi_model
+            The model: trained here, loaded, or minified (then with counts kept, or with ``adata``).
+        unlabeled_category
+            What the column of labels holds for cells without one.
+        labels_key
+            Column of ``obs`` with the labels; by default the one that ``scvi_model`` was set up with.
+        adata
+            Cells to go on with; those of ``scvi_model`` by default. Set up for SCANVI by this call.
+        **scanvi_kwargs
+            Options that SCVI does not have: ``linear_classifier``, ``classifier_parameters``, ``y_prior``. Others are
+            those of ``scvi_model``; where they are given and differ, a warning says so.
+
+        Raises
+        ------
+        TypeError
+            If ``scvi_model`` is not an SCVI, or an option does not exist.
+        ValueError
+            If there is no ``labels_key``, or the cells do not fit ``scvi_model``.
+        RuntimeError
+            If ``scvi_model`` has no counts.
+
+        Examples
+        --------
+        >>> import scvi_lite
+        >>> adata = scvi_lite.data.synthetic_iid(batch_size=50, n_genes=20)
+        >>> scvi_lite.model.SCVI.setup_anndata(adata, batch_key="batch", labels_key="labels")
+        >>> reference = scvi_lite.model.SCVI(adata, n_latent=5)
+        >>> reference.train(max_epochs=1, enable_progress_bar=False)
+        >>> model = SCANVI.from_scvi_model(reference, unlabeled_category="label_2")
+        >>> model.train(max_epochs=1, enable_progress_bar=False)
+        >>> sorted(set(model.predict()) - {"label_0", "label_1"})
+        []
+        """
+        from scvi_lite.model.scvi import SCVI
+
+        if not isinstance(scvi_model, SCVI):
+            raise TypeError(f"scvi_model is a {type(scvi_model).__name__}; a trained SCVI is needed.")
+        scvi_model._warn_if_untrained()
+        taken_over = dict(scvi_model._arguments)
+        for name in taken_over.keys() & scanvi_kwargs.keys():
+            if scanvi_kwargs.pop(name) != taken_over[name]:
+                warn(f"{name} is that of scvi_model, {taken_over[name]!r}: its weights are taken over.")
+        if taken_over["dispersion"] == "gene-label":
+            raise ValueError(
+                "scvi_model has dispersion='gene-label', and its labels are not those of SCANVI, where cells without one "
+                "come last. Train SCANVI(adata, dispersion='gene-label', ...) from scratch."
+            )
+        adata = cls._register_like(scvi_model, unlabeled_category, labels_key, adata)
+        model = cls(adata, **taken_over, **scanvi_kwargs)
+        model.module.load_state_dict(scvi_model.module.state_dict(), strict=False)
+        model.to_device(scvi_model.device)
+        model._is_pretrained = scvi_model.is_trained
+        return model
+
+    @classmethod
+    def _register_like(
+        cls, scvi_model: SCVI, unlabeled_category: str, labels_key: str | None, adata: AnnData | None
+    ) -> AnnData:
+        """Set data up as those of an SCVI are, in its coding, and with labels; gives them with its genes in order."""
+        if adata is None and scvi_model.minified_data_type == minify.WITHOUT_COUNTS:
+            raise StateError(
+                "The data of scvi_model were minified and hold no counts. Give the full data: adata=..., or minify with "
+                f"minified_data_type={minify.WITH_COUNTS!r}."
+            )
+        given = scvi_model.registry
+        labels_key = given.setup_args.get("labels_key") if labels_key is None else labels_key
+        if labels_key is None:
+            raise ValueError(
+                "labels_key: scvi_model was set up without labels. Name the column of adata.obs that has them."
+            )
+        counts = minify.setup_for_counts(given)
+        adata = scvi_model.adata if adata is None else match_genes(adata, scvi_model.get_var_names())
+        field = Labels("label_n", "labels_key", labels_key, unlabeled_category)
+        fields = counts.fields | {"label_n": {"kind": field.kind, **field.register(adata)}}
+        setup_args = given.setup_args | {"labels_key": labels_key, "unlabeled_category": unlabeled_category}
+        registry = replace(counts, model_name=cls.__name__, fields=fields, setup_args=setup_args, n_cells=adata.n_obs)
+        registry.check(adata)
+        registries.note(registry, adata)
+        return adata
+
+    def train(
+        self,
+        max_epochs: int | None = None,
+        n_samples_per_label: int | None = None,
+        check_val_every_n_epoch: int | None = None,
+        train_size: float | None = None,
+        validation_size: float | None = None,
+        shuffle_set_split: bool = True,
+        batch_size: int | None = None,
+        accelerator: str = "auto",
+        devices: int | list[int] | str = "auto",
+        adversarial_classifier: bool | None = None,
+        datasplitter_kwargs: Mapping[str, Any] | None = None,
+        plan_kwargs: Mapping[str, Any] | None = None,
+        **trainer_kwargs: Any,
+    ) -> None:
+        """Train the model.
+
+        Every training cell is used once in an epoch, with several devices too. Where few cells have a label, further
+        labelled ones join each minibatch, and only their labels are learned from: see ``labeled_share``.
+
+        The history has, over cells with a label, ``train_accuracy``, ``train_f1_score`` (mean over labels),
+        ``train_calibration_error`` and ``train_classification_loss``, and the same for ``validation``.
+
+        Parameters
+        ----------
+        max_epochs
+            Passes over the training cells. By default as many as of SCVI, 400 and fewer above 20,000 cells; after
+            :meth:`from_scvi_model` a third of that, at least 2 and at most 10.
+        n_samples_per_label
+            Learn labels from this many cells of each label, drawn anew in each epoch, so that all labels weigh the same.
+        adversarial_classifier
+            Train a classifier of batches along, which the encoder learns to fool; weighted by ``plan_kwargs``:
+            ``scale_adversarial_loss``.
+        datasplitter_kwargs
+            Further than for SCVI: ``labeled_share``, the number of cells with a label for each cell of a minibatch, on
+            average; 0.5 by default. Labelled cells join a minibatch where it has fewer, and none join where it has more.
+        plan_kwargs
+            Further than for SCVI: ``classification_ratio``, the weight of the classification loss; 50 by default. See
+            :class:`~scvi_lite.train.plan.SemiSupervisedPlan`.
+        check_val_every_n_epoch, train_size, validation_size, shuffle_set_split, batch_size, accelerator, devices, \
+        **trainer_kwargs
+            As for :meth:`SCVI.train <scvi_lite.model.base.Model.train>`, with ``strategy`` and ``early_stopping``.
+
+        Raises
+        ------
+        TypeError
+            If an option does not exist.
+        ValueError
+            If a value is out of range, a metric is monitored that will not come, or no training cell has a label.
+        TrainingDivergedError
+            If the loss becomes NaN or infinite.
+        """
+        from scvi_lite.model.training import fit_model
+
+        if max_epochs is None and self._is_pretrained:
+            max_epochs = min(10, max(2, round(heuristic_epochs(self.adata.n_obs) / 3)))
+        splitting = as_options("datasplitter_kwargs", datasplitter_kwargs)
+        share = splitting.pop("labeled_share", Supervision.share)
+        adversary = None
+        if adversarial_classifier:
+            if self.registry.n_batches < 2:
+                raise ValueError("adversarial_classifier=True: there is one batch, and nothing to tell apart.")
+            adversary = Adversary(self.module.config.n_latent, self.registry.n_batches)
+        fit_model(
+            self,
+            max_epochs=max_epochs,
+            accelerator=accelerator,
+            devices=devices,
+            train_size=train_size,
+            validation_size=validation_size,
+            shuffle_set_split=shuffle_set_split,
+            batch_size=batch_size,
+            datasplitter_kwargs=splitting,
+            plan_kwargs=plan_kwargs,
+            adversary=adversary,
+            supervision=Supervision(self.registry.categories("label_n")[:-1], share, n_samples_per_label),
+            check_val_every_n_epoch=check_val_every_n_epoch,
+            **trainer_kwargs,
+        )
+
+    _is_pretrained = False  #: by SCVI, after which a few epochs will do
