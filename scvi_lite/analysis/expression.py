@@ -6,7 +6,7 @@ doi:10.1038/s41592-018-0229-2
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from scvi_lite.model.base import Model
     from scvi_lite.nn.rates import Rates
     from scvi_lite.nn.vae import Posterior
+
+ValueOf = Callable[..., Tensor]
 
 
 def get_normalized_expression(
@@ -164,23 +166,28 @@ def decode_draws(
     library_size: float | str = 1,
     batch_size: int | None = None,
     each_in_turn: bool = False,
+    value_of: ValueOf | None = None,
+    n_features: int | None = None,
 ) -> np.ndarray:
     """Expected expression at latent positions ``z_sk``, with the covariates of the cells in ``rows``: (s, g).
 
     Averaged over the batches ``codes``; or with ``each_in_turn``, draw i is decoded as from batch ``codes[i % b]``.
+    Of another kind of data, give ``value_of``, what is asked of each minibatch as of :func:`expected`, and how many
+    features there are.
     """
-    value = np.empty((len(rows), model.module.config.n_genes if genes is None else len(genes)), dtype=np.float32)
+    value_of, n_features = value_of or expected, n_features or model.module.config.n_genes
+    value = np.empty((len(rows), n_features if genes is None else len(genes)), dtype=np.float32)
     out = torch.from_numpy(value)
-    size = minibatch_size(batch_size, model.module.config.n_genes)
+    size = minibatch_size(batch_size, n_features)
     for cells, batch in minibatches(model, adata, rows, size):
         z_nk = z_sk[cells].to(model.device)
         library_n = log_library(model, batch, None, library_size)
         if each_in_turn and None not in codes:
             turn_n = torch.arange(cells.start, cells.stop, device=model.device) % len(codes)
             batch = replace(batch, batch_n=torch.tensor(codes, device=model.device)[turn_n])
-            out[cells] = expected(model, z_nk, library_n, batch, None, genes)
+            out[cells] = value_of(model, z_nk, library_n, batch, None, genes)
         else:
-            out[cells] = mean_over(codes, lambda code: expected(model, z_nk, library_n, batch, code, genes))  # noqa: B023
+            out[cells] = mean_over(codes, lambda code: value_of(model, z_nk, library_n, batch, code, genes))  # noqa: B023
     return value
 
 

@@ -67,34 +67,50 @@ def _rows_of_names(adata: AnnData, names: np.ndarray, argument: str) -> np.ndarr
         raise ValueError(f"{argument}: names were given, and adata.obs_names repeats some. Give row numbers or a mask.")
     rows = adata.obs_names.get_indexer(names)
     if (rows < 0).any():
-        raise UnknownKeyError(unknown(argument, names[rows < 0][0], adata.obs_names, "a name of a cell", "Cells"))
+        name = str(names[rows < 0][0])
+        raise UnknownKeyError(unknown(argument, name, adata.obs_names[:20_000], "a name of a cell", "Cells"))
     return rows.astype(np.int64)
 
 
 def gene_positions(model: Model, gene_list: Sequence[str] | None) -> np.ndarray | None:
-    """Positions of genes among the model's, in the order asked for; None for all genes.
+    """Positions of genes among the model's, see :func:`positions_of`."""
+    return positions_of("gene_list", gene_list, model._gene_names, "genes")
+
+
+def positions_of(argument: str, wanted: Sequence[str] | None, names: Sequence[str], what: str) -> np.ndarray | None:
+    """Positions of features among the ``names`` of the model's, in the order asked for; None for all of them.
+
+    Parameters
+    ----------
+    argument
+        Argument of the call that holds what is ``wanted``.
+    what
+        What the features are, as in ``"genes"``.
 
     Raises
     ------
     ValueError
         If a name is unknown (the nearest known one is named), the list is empty, or it is a single string.
+
+    >>> positions_of("gene_list", ["B", "A"], ["A", "B"], "genes")
+    array([1, 0])
     """
-    if gene_list is None:
+    if wanted is None:
         return None
-    if isinstance(gene_list, str):
-        raise ValueError(f"gene_list={gene_list!r}: a list of names is needed. Write gene_list=[{gene_list!r}].")
-    if str(getattr(gene_list, "dtype", "")) in ("bool", "boolean"):
-        raise ValueError("gene_list is a mask; names are needed. Write gene_list=adata.var_names[mask].")
-    names, wanted = model._gene_names, [str(gene) for gene in gene_list]
+    if isinstance(wanted, str):
+        raise ValueError(f"{argument}={wanted!r}: a list of names is needed. Write {argument}=[{wanted!r}].")
+    if str(getattr(wanted, "dtype", "")) in ("bool", "boolean"):
+        raise ValueError(f"{argument} is a mask; names are needed. Write {argument}=adata.var_names[mask].")
+    wanted = [str(name) for name in wanted]
     if not wanted:
-        raise ValueError("gene_list is empty. Name at least one gene, or leave it out for all of them.")
+        raise ValueError(f"{argument} is empty. Name some {what}, or leave it out for all of them.")
     position_of = {name: i for i, name in enumerate(names)}
     missing = [name for name in wanted if name not in position_of]
     if missing:
         guess = nearest(missing[0], names[:20_000])
         hint = f" Did you mean {guess!r} for {missing[0]!r}?" if guess else ""
         raise ValueError(
-            f"gene_list: {len(missing)} of {len(wanted)} names are not among the model's {len(names)} genes: "
+            f"{argument}: {len(missing)} of {len(wanted)} names are not among the model's {len(names)} {what}: "
             f"{listing(missing)}.{hint} They are in model.get_var_names()."
         )
     return np.array([position_of[name] for name in wanted])

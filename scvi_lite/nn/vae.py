@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -58,15 +59,18 @@ class VAEConfig:
     use_observed_lib_size: bool = True
     var_activation: str = "exp"
 
+    sizes: ClassVar[tuple[str, ...]] = ("n_hidden", "n_latent", "n_layers", "batch_embedding_dim")
+    switches: ClassVar[tuple[str, ...]] = SWITCHES
+
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(unknown(name, getattr(self, name), choices))
-        for name in ("n_hidden", "n_latent", "n_layers", "batch_embedding_dim"):
+        for name in self.sizes:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
                 raise ValueError(f"{name}={value!r}: a whole number of at least 1 is needed.")
-        for name in SWITCHES:
+        for name in self.switches:
             if not isinstance(getattr(self, name), bool | np.bool_):
                 raise ValueError(f"{name}={getattr(self, name)!r}: True or False is needed.")
         if not (isinstance(self.dropout_rate, Real) and 0 <= self.dropout_rate < 1):

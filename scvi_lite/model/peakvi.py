@@ -1,0 +1,342 @@
+"""PeakVI: accessibility of chromatin (Ashuach et al. 2022, doi:10.1016/j.crmeth.2022.100182)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import leaky_relu
+
+from scvi_lite.analysis import abundance, accessibility, latent, likelihood
+from scvi_lite.data.batch import Batch
+from scvi_lite.data.fields import Categorical, Categoricals, Continuouses, Matrix, check_keys
+from scvi_lite.errors import unknown
+from scvi_lite.model.base import Model
+from scvi_lite.nn.accessibility import Accessibility, Head, default_sizes
+from scvi_lite.nn.configure import configure
+from scvi_lite.nn.layers import Encoder
+from scvi_lite.nn.module import Loss
+from scvi_lite.nn.normal import kl_normal
+from scvi_lite.nn.vae import VAE, Posterior, VAEConfig
+from scvi_lite.train.plan import Plan
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+
+KL_SCALES = ("cell", "minibatch")
+
+
+@dataclass(frozen=True)
+class PeakPlan(Plan):
+    """Options of the training of PeakVI.
+
+    Attributes
+    ----------
+    kl_scale
+        What the KL term is divided by: ``"cell"`` for the evidence lower bound; ``"minibatch"`` for one over the number
+        of cells of the minibatch, as scvi-tools does.
+    """
+
+    kl_scale: str = "cell"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kl_scale not in KL_SCALES:
+            raise ValueError(unknown("kl_scale", self.kl_scale, KL_SCALES))
+
+    @property
+    def loss_options(self) -> dict[str, Any]:
+        """What the loss is told."""
+        return {"kl_scale": self.kl_scale}
+
+
+@dataclass(frozen=True)
+class PeakConfig(VAEConfig):
+    """Sizes and options of a :class:`PEAKVIModule`; ``n_layers`` is of the encoders."""
+
+    n_layers_decoder: int = 2
+    model_depth: bool = True
+    region_factors: bool = True
+
+    switches: ClassVar[tuple[str, ...]] = (*VAEConfig.switches, "model_depth", "region_factors")
+    sizes: ClassVar[tuple[str, ...]] = (*VAEConfig.sizes, "n_layers_decoder")
+
+
+class PEAKVIModule(VAE):
+    """Generative model: z ~ N(0, I), region r found open in cell n ~ Bernoulli(y_r(z, covariates) · d_n · f_r)."""
+
+    def __init__(self, config: PeakConfig):
+        super().__init__(config)
+        c = config
+        hidden = self.make_hidden(c.n_genes, "encoder", c.n_layers, c.dropout_rate, leaky_relu)
+        self.encoder = Encoder(hidden, c.n_hidden, c.n_latent, floor=0.0)
+        hidden = self.make_hidden(c.n_latent, "decoder", c.n_layers_decoder, activation=leaky_relu)
+        self.decoder = Head(hidden, c.n_hidden, c.n_genes)
+        if c.model_depth:
+            hidden = self.make_hidden(c.n_genes, "encoder", c.n_layers, activation=leaky_relu)
+            self.depth_encoder = Head(hidden, c.n_hidden, 1)
+        self.factor_r = nn.Parameter(torch.zeros(c.n_genes)) if c.region_factors else None
+
+    def encode(self, batch: Batch) -> Posterior:
+        """The posterior of a minibatch."""
+        return Posterior(*self.encoder(batch.x, *self.encoded_covariates(batch)))
+
+    def depth(self, batch: Batch) -> Tensor | None:
+        """Logit of the depth of each cell (n,); None where it is not modelled."""
+        return self.depth_encoder(batch.x, *self.encoded_covariates(batch))[:, 0] if self.config.model_depth else None
+
+    def library(self, batch: Batch, posterior: Posterior) -> Tensor | None:
+        """What takes the place of the library size: the depth."""
+        return self.depth(batch)
+
+    def kl_library(self, batch: Batch, posterior: Posterior) -> Tensor:
+        """Zero: the depth is no latent variable."""
+        return batch.total_n.new_zeros(batch.n_cells)
+
+    def decode(self, z: Tensor, depth_n: Tensor | None, batch: Batch) -> Accessibility:
+        """The probabilities of regions at latent ``z`` (..., n, k) and the logit of the depth (..., n)."""
+        return Accessibility(self.decoder(self.to_latent(z), *self.covariates(batch)), depth_n, self.factor_r)
+
+    decode_regions = decode
+
+    def loss(self, batch: Batch, kl_weight: float | Tensor = 1.0, kl_scale: str = "cell") -> Loss:
+        """Negative evidence lower bound, mean over cells: reconstruction + kl_weight · KL(z).
+
+        With ``kl_scale="minibatch"``, the KL term is divided by the number of cells of the minibatch.
+        """
+        q = self.encode(batch)
+        reconstruction_n = -self.decode(q.sample_z(), self.depth(batch), batch).log_likelihood(batch.x)
+        kl_n = kl_normal(q.z_loc_nk, q.z_scale_nk).sum(-1)
+        weight = kl_weight / batch.n_cells if kl_scale == "minibatch" else kl_weight
+        return Loss((reconstruction_n + weight * kl_n).mean(), reconstruction_n.sum(), kl_n.sum(), batch.n_cells)
+
+
+class PEAKVI(Model):
+    """Probabilistic accessibility: which regions are open in which cells, whatever the depth they were sequenced to.
+
+    Parameters
+    ----------
+    adata
+        AnnData set up with :meth:`setup_anndata`.
+    n_hidden
+        Width of the hidden layers; by default the square root of the number of regions.
+    n_latent
+        Dimensions of the latent space; by default the square root of ``n_hidden``.
+    n_layers_encoder, n_layers_decoder
+        Number of hidden layers.
+    dropout_rate
+        Of the encoder.
+    model_depth
+        Learn the depth of each cell, d_n; else it is 1.
+    region_factors
+        Learn a factor of each region, f_r; else it is 1.
+    use_batch_norm, use_layer_norm
+        Where: ``"none"``, ``"encoder"``, ``"decoder"`` or ``"both"``.
+    latent_distribution
+        ``"normal"``, or ``"ln"`` for the logistic normal: points on a simplex.
+    deeply_inject_covariates
+        Covariates enter each hidden layer, not only the first.
+    encode_covariates
+        Covariates enter the encoder too.
+
+    Notes
+    -----
+    A region with any count is open. The encoder reads the counts as they are given: binarise them
+    (``adata.X.data[:] = 1``) where it should not see more.
+
+    Raises
+    ------
+    RuntimeError
+        If ``adata`` is not set up.
+    TypeError, ValueError
+        If an option does not exist, or a value is out of range.
+
+    References
+    ----------
+    Ashuach, Reidenbach, Gayoso, Yosef (2022). PeakVI: a deep generative model for single-cell chromatin accessibility
+    analysis. Cell Reports Methods.
+
+    Examples
+    --------
+    >>> import scvi_lite
+    >>> adata = scvi_lite.data.synthetic_iid(batch_size=50, n_genes=100)
+    >>> PEAKVI.setup_anndata(adata, batch_key="batch")
+    >>> model = PEAKVI(adata)
+    >>> model.train(max_epochs=1, enable_progress_bar=False)
+    >>> model.get_latent_representation().shape
+    (100, 3)
+    """
+
+    plan = PeakPlan(lr=1e-4, weight_decay=1e-3, eps=1e-8, optimizer="AdamW", n_epochs_kl_warmup=50)
+
+    get_latent_representation = latent.get_latent_representation
+    get_aggregated_posterior = latent.get_aggregated_posterior
+    get_elbo = likelihood.get_elbo
+    get_reconstruction_error = likelihood.get_reconstruction_error
+    get_marginal_ll = likelihood.get_marginal_ll
+    get_normalized_accessibility = accessibility.get_normalized_accessibility
+    get_library_size_factors = accessibility.get_library_size_factors
+    get_region_factors = accessibility.get_region_factors
+    differential_accessibility = accessibility.differential_accessibility
+    differential_abundance = abundance.differential_abundance
+
+    def __init__(
+        self,
+        adata: AnnData,
+        n_hidden: int | None = None,
+        n_latent: int | None = None,
+        n_layers_encoder: int = 2,
+        n_layers_decoder: int = 2,
+        dropout_rate: float = 0.1,
+        model_depth: bool = True,
+        region_factors: bool = True,
+        use_batch_norm: str = "none",
+        use_layer_norm: str = "both",
+        latent_distribution: str = "normal",
+        deeply_inject_covariates: bool = False,
+        encode_covariates: bool = False,
+    ):
+        given = dict(
+            n_hidden=n_hidden,
+            n_latent=n_latent,
+            n_layers_encoder=n_layers_encoder,
+            n_layers_decoder=n_layers_decoder,
+            dropout_rate=dropout_rate,
+            model_depth=model_depth,
+            region_factors=region_factors,
+            use_batch_norm=use_batch_norm,
+            use_layer_norm=use_layer_norm,
+            latent_distribution=latent_distribution,
+            deeply_inject_covariates=deeply_inject_covariates,
+            encode_covariates=encode_covariates,
+        )
+        super().__init__(adata, given)
+
+    def _make_module(self, arguments: dict[str, Any]) -> PEAKVIModule:
+        options = dict(arguments)
+        options["n_layers"] = options.pop("n_layers_encoder")
+        sizes = default_sizes(options["n_hidden"], options["n_latent"], self.registry.n_features)
+        options["n_hidden"], options["n_latent"] = sizes
+        return PEAKVIModule(configure(self.registry, options, PeakConfig))
+
+    @property
+    def _region_names(self) -> list[str]:
+        return self._gene_names
+
+    def train(
+        self,
+        max_epochs: int = 500,
+        lr: float = 1e-4,
+        accelerator: str = "auto",
+        devices: int | list[int] | str = "auto",
+        train_size: float | None = None,
+        validation_size: float | None = None,
+        shuffle_set_split: bool = True,
+        batch_size: int = 128,
+        weight_decay: float = 1e-3,
+        eps: float = 1e-8,
+        early_stopping: bool = True,
+        early_stopping_patience: int = 50,
+        n_steps_kl_warmup: int | None = None,
+        n_epochs_kl_warmup: int | None = 50,
+        datasplitter_kwargs: Mapping[str, Any] | None = None,
+        plan_kwargs: Mapping[str, Any] | None = None,
+        strategy: Any = "auto",
+        **trainer_kwargs: Any,
+    ) -> None:
+        """Train the model: as :meth:`scvi_lite.model.SCVI.train`, with AdamW and other defaults.
+
+        Parameters
+        ----------
+        max_epochs
+            Passes over the training cells.
+        lr, weight_decay, eps, n_steps_kl_warmup, n_epochs_kl_warmup
+            Options of ``plan_kwargs``, which counts where both are given.
+        early_stopping, early_stopping_patience
+            Stop when ``early_stopping_monitor`` (``"elbo_validation"``) has not improved for so many epochs.
+        plan_kwargs
+            See :class:`~scvi_lite.model.peakvi.PeakPlan`: also ``kl_scale``.
+        accelerator, devices, train_size, validation_size, shuffle_set_split, batch_size, datasplitter_kwargs, strategy
+            As for every model.
+        **trainer_kwargs
+            Every other option of ``lightning.Trainer``, and those of every model.
+        """
+        from scvi_lite.model.training import fit_model
+
+        named = dict(
+            lr=lr,
+            weight_decay=weight_decay,
+            eps=eps,
+            n_steps_kl_warmup=n_steps_kl_warmup,
+            n_epochs_kl_warmup=n_epochs_kl_warmup,
+        )
+        fit_model(
+            self,
+            max_epochs=max_epochs,
+            accelerator=accelerator,
+            devices=devices,
+            train_size=train_size,
+            validation_size=validation_size,
+            shuffle_set_split=shuffle_set_split,
+            batch_size=batch_size,
+            early_stopping=early_stopping,
+            early_stopping_patience=early_stopping_patience,
+            datasplitter_kwargs=datasplitter_kwargs,
+            plan_kwargs=named | dict(plan_kwargs or {}),
+            strategy=strategy,
+            **trainer_kwargs,
+        )
+
+    @classmethod
+    def setup_anndata(
+        cls,
+        adata: AnnData,
+        batch_key: str | None = None,
+        labels_key: str | None = None,
+        categorical_covariate_keys: Sequence[str] | None = None,
+        continuous_covariate_keys: Sequence[str] | None = None,
+        layer: str | None = None,
+    ) -> None:
+        """Check the data and note what the model reads from them, in ``adata.uns["scvi_lite"]``.
+
+        Parameters
+        ----------
+        adata
+            Cells × regions: ones where a region is open, or counts of reads or fragments; sparse, dense or backed.
+        batch_key, labels_key
+            Columns of ``adata.obs``: the batch to correct for, and the cell type, which the model does not use.
+        categorical_covariate_keys, continuous_covariate_keys
+            Columns of further covariates to correct for.
+        layer
+            Layer that holds the counts; ``adata.X`` by default.
+
+        Raises
+        ------
+        KeyError
+            If a column or layer does not exist.
+        ValueError
+            If counts are negative, NaN or infinite, values are missing, or names repeat.
+        """
+        matrix = Matrix("x", layer)
+        cls._register(
+            adata,
+            [
+                matrix,
+                Categorical("batch_n", "batch_key", batch_key),
+                Categorical("label_n", "labels_key", labels_key),
+                Categoricals("cats_nc", "categorical_covariate_keys", categorical_covariate_keys),
+                Continuouses("conts_nd", "continuous_covariate_keys", continuous_covariate_keys),
+            ],
+            dict(
+                batch_key=batch_key,
+                labels_key=labels_key,
+                categorical_covariate_keys=check_keys("categorical_covariate_keys", categorical_covariate_keys),
+                continuous_covariate_keys=check_keys("continuous_covariate_keys", continuous_covariate_keys),
+                layer=layer,
+            ),
+        )
+        accessibility.note_counts(matrix.read(adata, {"layer": layer}))
