@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from scvi_lite.data.store import read_rows
-from scvi_lite.errors import check_options
+from scvi_lite.errors import as_options, check_options
 from scvi_lite.nn.layers import VARIANCE
 from scvi_lite.nn.vae import VAEConfig
 
@@ -33,14 +33,13 @@ def configure(registry: Registry, arguments: Mapping[str, Any], kind: type[Confi
         If an argument does not exist; the message names the nearest.
     """
     options = dict(arguments)
-    if (embedding := options.pop("batch_embedding_kwargs", None)) is not None:
-        if not isinstance(embedding, Mapping):
-            raise TypeError(f"batch_embedding_kwargs={embedding!r}: a dictionary is needed, {{'embedding_dim': 5}}.")
-        check_options("batch_embedding_kwargs", embedding, ["embedding_dim"])
-        options["batch_embedding_dim"] = embedding.get("embedding_dim", 5)
-    options["var_activation"] = activation_name(options.pop("var_activation", None))
-    known = [f.name for f in fields(kind) if f.name not in FROM_DATA]
+    known = [f.name for f in fields(kind) if f.name not in (*FROM_DATA, "batch_embedding_dim")]
     check_options("The model", options, [*known, "batch_embedding_kwargs"])
+    embedding = as_options("batch_embedding_kwargs", options.pop("batch_embedding_kwargs", None))
+    check_options("batch_embedding_kwargs", embedding, ["embedding_dim"])
+    if embedding:
+        options["batch_embedding_dim"] = embedding["embedding_dim"]
+    options["var_activation"] = activation_name(options.pop("var_activation", None))
     return kind(
         n_genes=registry.n_features,
         n_batches=registry.n_batches,
