@@ -49,6 +49,9 @@ class LinearModel:
     def library(self, batch, posterior):
         return torch.zeros(batch.n_cells)
 
+    def log_prior_z(self, z, batch):
+        return torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(-1)
+
     def decode(self, z, library_n, batch):
         return Gaussian(z @ self.w_kg)
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from scvi_lite.analysis.inputs import NUMBERS_AT_ONCE, minibatch_size, needs_counts, whole_number
-from scvi_lite.nn.normal import kl_normal
 from scvi_lite.nn.vae import Posterior
 
 if TYPE_CHECKING:
@@ -72,7 +71,7 @@ def get_elbo(
     elbo: list[Tensor] = []
     for batch in model._minibatches(adata, indices, batch_size):
         q = model.module.encode(batch)
-        kl_n = kl_normal(q.z_loc_nk, q.z_scale_nk).sum(-1) + model.module.kl_library(batch, q)
+        kl_n = model.module.kl_z(q, batch) + model.module.kl_library(batch, q)
         elbo.append(_log_likelihood(model, batch, q) - kl_n)
     return _join(elbo, return_mean)
 
@@ -162,7 +161,7 @@ def log_evidence(model: Model, batch: Batch, n_samples: int, n_samples_per_pass:
 def _log_weights(model: Model, batch: Batch, q: Posterior, n_samples: int) -> Tensor:
     """log p(x, z, l) - log q(z, l | x) for draws from q, (s, n)."""
     z_snk = q.sample_z(n_samples)
-    log_w_sn = (log_normal(z_snk) - log_normal(z_snk, q.z_loc_nk, q.z_scale_nk)).sum(-1)
+    log_w_sn = model.module.log_prior_z(z_snk, batch) - log_normal(z_snk, q.z_loc_nk, q.z_scale_nk).sum(-1)
     library = model.module.library(batch, q)
     if q.library_loc_n is not None and q.library_scale_n is not None:
         library = q.sample_library(n_samples)

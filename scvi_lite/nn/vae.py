@@ -16,7 +16,7 @@ from scvi_lite.data.batch import Batch
 from scvi_lite.errors import unknown
 from scvi_lite.nn.layers import VARIANCE, Activation, Encoder, Hidden
 from scvi_lite.nn.module import Module
-from scvi_lite.nn.normal import draw_normal, kl_normal
+from scvi_lite.nn.normal import draw_normal, kl_normal, log_normal
 from scvi_lite.nn.rates import LIKELIHOODS, Rates
 
 WHERE = ("none", "encoder", "decoder", "both")
@@ -138,6 +138,14 @@ class VAE(Module):
     def to_latent(self, z: Tensor) -> Tensor:
         """What a user calls the latent space: z, or a point on the simplex for the logistic normal."""
         return z.softmax(-1) if self.config.latent_distribution == "ln" else z
+
+    def kl_z(self, q: Posterior, batch: Batch) -> Tensor:
+        """KL of each cell's posterior against the prior of z, (n,); a draw estimates it where it has no closed form."""
+        return kl_normal(q.z_loc_nk, q.z_scale_nk).sum(-1)
+
+    def log_prior_z(self, z: Tensor, batch: Batch) -> Tensor:
+        """Log-density of the prior at ``z`` (..., n, k): (..., n)."""
+        return log_normal(z, 0.0, 1.0).sum(-1)
 
     def covariates(self, batch: Batch) -> tuple[list[Tensor], Tensor | None]:
         """Codes of the categorical covariates with more than one category, and the dense covariates (n, d)."""
