@@ -157,8 +157,17 @@ def info(
             typer.echo(json.dumps(facts, indent=2))
             return
         for name, value in facts.items():
-            shown = ", ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else value
+            shown = ", ".join(f"{k}={readable(v)}" for k, v in value.items()) if isinstance(value, dict) else value
             typer.echo(f"{name.replace('_', ' '):<12} {'none' if shown in ('', None) else shown}")
+
+
+def readable(value: Any) -> str:
+    """A value with five digits, where it is a number with a fraction.
+
+    >>> readable(1234.5678), readable(0.1), readable(128)
+    ('1234.6', '0.1', '128')
+    """
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
 @app.command()

@@ -259,3 +259,9 @@ def test_the_first_training_says_that_it_loads_lightning():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stderr.count("Loading Lightning") == 1, done.stderr
     assert done.stderr.index("Loading Lightning") < done.stderr.index("Training:")
+
+
+@pytest.mark.parametrize(("table", "what"), [(3, "is int"), ({"bayes_factor": [1]}, "is dict")])
+def test_what_is_no_table_of_genes(table, what):
+    with pytest.raises(TypeError, match=f"de_table {what}: a table that differential_expression"):
+        scvi_lite.plot.volcano(table)

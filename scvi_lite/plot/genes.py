@@ -79,6 +79,9 @@ def volcano(
 
 
 def _one_comparison(de_table: pd.DataFrame, comparison: str | None) -> pd.DataFrame:
+    if not isinstance(de_table, pd.DataFrame) or "bayes_factor" not in de_table:
+        what = "has no column 'bayes_factor'" if isinstance(de_table, pd.DataFrame) else f"is {type(de_table).__name__}"
+        raise TypeError(f"de_table {what}: a table that differential_expression() gave is needed.")
     if "comparison" not in de_table:
         return de_table
     options = list(de_table["comparison"].unique())
