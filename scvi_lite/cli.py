@@ -274,15 +274,17 @@ def write_results(model: Any, out: Path, colors: list[str], umap: bool, interrup
 
 def describe(info: dict[str, Any]) -> dict[str, Any]:
     """What a user wants to know of the contents of ``model.json``."""
-    registry, history = info["registry"], info["history"]
-    given = {key: value for key, value in registry["setup_args"].items() if value}
+    from scvi_lite.data.registry import Registry
+
+    registry, history = Registry.from_dict(info["registry"]), info["history"]
+    given = {key: value for key, value in registry.setup_args.items() if value}
     return {
         "model": info["class"],
         "version": info["version"],
         "trained": info["is_trained"],
         "epochs": max((len(column["epoch"]) for column in history.values()), default=0),
-        "cells": registry["n_cells"],
-        "genes": registry["n_features"],
+        "cells": registry.n_cells,
+        "genes": registry.n_features,
         "set_up_with": given,
         "arguments": info["arguments"],
         "last_values": {name: float(column["value"][-1]) for name, column in history.items() if column["value"]},
