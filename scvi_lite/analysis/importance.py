@@ -16,7 +16,7 @@ from torch import Tensor
 
 from scvi_lite.analysis.inputs import NUMBERS_AT_ONCE, draw, minibatch_size, needs_counts, whole_number
 from scvi_lite.analysis.latent import log_density, posterior_parameters
-from scvi_lite.analysis.likelihood import log_evidence, log_normal
+from scvi_lite.analysis.likelihood import log_evidence
 from scvi_lite.errors import as_options, check_options
 from scvi_lite.nn.normal import draw_normal
 
@@ -118,7 +118,7 @@ def get_importance_weights(
     evidence_n = torch.cat(
         [log_evidence(model, b, n_mc_samples, n_mc_samples_per_pass) for b in model._minibatches(adata, rows, size)]
     )
-    log_prior_s = log_normal(z_sk).sum(-1).double()
+    log_prior_s = model.module.log_prior_z(z_sk.to(model.device), None).detach().cpu().double()
     log_target_s = log_prior_s + _log_explained(model, adata, rows, z_sk, evidence_n)
     log_w_s = log_target_s - log_density(z_sk, *posterior_parameters(model, adata, rows))
     weight_s = (log_w_s - log_w_s.max()).exp()

@@ -20,10 +20,11 @@ from scvi_lite.analysis import (
     predictive,
 )
 from scvi_lite.data import registry as registries
-from scvi_lite.data.fields import Categoricals, Categorical, Continuous, Continuouses, Field, Matrix, check_keys
+from scvi_lite.data.fields import Categorical, Categoricals, Continuous, Continuouses, Field, Matrix, check_keys
 from scvi_lite.data.genes import match_genes
 from scvi_lite.data.labels import Labels, Supervision
 from scvi_lite.errors import StateError, as_options, warn, without_absent
+from scvi_lite.model import query
 from scvi_lite.model.base import Model
 from scvi_lite.nn.classifier import Adversary
 from scvi_lite.nn.configure import activation_name, configure, library_prior
@@ -92,6 +93,8 @@ class SCANVI(Model):
     get_importance_weights = importance.get_importance_weights
     differential_expression = differential.differential_expression
     differential_abundance = abundance.differential_abundance
+    load_query_data = classmethod(query.load_query_data)
+    prepare_query_anndata = staticmethod(query.prepare_query_anndata)
     minify_adata = minify.minify_adata
     minified_data_type = property(minify.minified)
 
@@ -244,8 +247,8 @@ class SCANVI(Model):
                 warn(f"{name} is that of scvi_model, {taken_over[name]!r}: its weights are taken over.")
         if taken_over["dispersion"] == "gene-label":
             raise ValueError(
-                "scvi_model has dispersion='gene-label', and its labels are not those of SCANVI, where cells without one "
-                "come last. Train SCANVI(adata, dispersion='gene-label', ...) from scratch."
+                "scvi_model has dispersion='gene-label', and the labels of SCANVI are others: cells without one come "
+                "last. Train SCANVI(adata, dispersion='gene-label', ...) from scratch."
             )
         adata = cls._register_like(scvi_model, unlabeled_category, labels_key, adata)
         model = cls(adata, **taken_over, **scanvi_kwargs)
@@ -261,8 +264,8 @@ class SCANVI(Model):
         """Set data up as those of an SCVI are, in its coding, and with labels; gives them with its genes in order."""
         if adata is None and scvi_model.minified_data_type == minify.WITHOUT_COUNTS:
             raise StateError(
-                "The data of scvi_model were minified and hold no counts. Give the full data: adata=..., or minify with "
-                f"minified_data_type={minify.WITH_COUNTS!r}."
+                "The data of scvi_model were minified and hold no counts. Give the full data: adata=..., or minify "
+                f"with minified_data_type={minify.WITH_COUNTS!r}."
             )
         given = scvi_model.registry
         labels_key = given.setup_args.get("labels_key") if labels_key is None else labels_key
@@ -271,7 +274,7 @@ class SCANVI(Model):
                 "labels_key: scvi_model was set up without labels. Name the column of adata.obs that has them."
             )
         counts = minify.setup_for_counts(given)
-        adata = scvi_model.adata if adata is None else match_genes(adata, scvi_model.get_var_names())
+        adata = scvi_model.adata if adata is None else match_genes(adata, scvi_model._gene_names)
         field = Labels("label_n", "labels_key", labels_key, unlabeled_category)
         fields = counts.fields | {"label_n": {"kind": field.kind, **field.register(adata)}}
         setup_args = given.setup_args | {"labels_key": labels_key, "unlabeled_category": unlabeled_category}
@@ -280,7 +283,7 @@ class SCANVI(Model):
         registries.note(registry, adata)
         return adata
 
-    def train(
+    def train(  # type: ignore[override]  # the order of arguments is that of scvi-tools
         self,
         max_epochs: int | None = None,
         n_samples_per_label: int | None = None,
@@ -310,13 +313,13 @@ class SCANVI(Model):
             Passes over the training cells. By default as many as of SCVI, 400 and fewer above 20,000 cells; after
             :meth:`from_scvi_model` a third of that, at least 2 and at most 10.
         n_samples_per_label
-            Learn labels from this many cells of each label, drawn anew in each epoch, so that all labels weigh the same.
+            Learn from this many cells of each label, drawn anew in each epoch, so that all labels weigh the same.
         adversarial_classifier
             Train a classifier of batches along, which the encoder learns to fool; weighted by ``plan_kwargs``:
             ``scale_adversarial_loss``.
         datasplitter_kwargs
-            Further than for SCVI: ``labeled_share``, the number of cells with a label for each cell of a minibatch, on
-            average; 0.5 by default. Labelled cells join a minibatch where it has fewer, and none join where it has more.
+            Further than for SCVI: ``labeled_share``, cells with a label for each cell of a minibatch, on average;
+            0.5 by default. Where training cells with a label are fewer, some join each minibatch; where more, none do.
         plan_kwargs
             Further than for SCVI: ``classification_ratio``, the weight of the classification loss; 50 by default. See
             :class:`~scvi_lite.train.plan.SemiSupervisedPlan`.

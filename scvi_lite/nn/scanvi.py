@@ -110,6 +110,21 @@ class SCANVIModule(CountVAE):
         total = (reconstruction_n + kl_weight * kl_n).mean() + classification_ratio * cross_entropy
         return Loss(total, reconstruction_n.sum(), kl_n.sum(), n, sums, z_nk)
 
+    def kl_z(self, q: Posterior, batch: Batch) -> Tensor:
+        """All terms of the bound but reconstruction and library, at one draw of z."""
+        z_nk = q.sample_z()
+        return sum(self.label_terms(z_nk, q, self.classifier(z_nk).log_softmax(-1)))
+
+    def log_prior_z(self, z: Tensor, batch: Batch | None) -> Tensor:
+        """log Σ_y π(y) ∫ p(z | u, y) p(u) du, with one draw of each u_y to estimate the integral."""
+        z_mk = z.flatten(0, -2)
+        code_l1 = torch.arange(self.config.n_known, device=z.device)[:, None]
+        u_loc_lmk, u_scale_lmk = self.u_encoder(z_mk, [code_l1])
+        u_lmk = draw_normal(u_loc_lmk, u_scale_lmk)
+        log_p_lm = log_normal(z_mk, *self.z_decoder(u_lmk, [code_l1])).sum(-1)
+        log_w_lm = (log_normal(u_lmk, 0.0, 1.0) - log_normal(u_lmk, u_loc_lmk, u_scale_lmk)).sum(-1)
+        return (log_p_lm + log_w_lm + self.label_prior.log()[:, None]).logsumexp(0).view(z.shape[:-1])
+
     def label_terms(self, z_nk: Tensor, q: Posterior, log_prob_nl: Tensor) -> tuple[Tensor, Tensor]:
         """log q(z | x) - Σ_y q(y | z) log p(z | u_y, y), and Σ_y q(y | z) KL(u_y) + KL(y): (n,) each."""
         # Every label is tried for every cell: a leading dimension, which only the small networks over k see.
@@ -133,8 +148,8 @@ class SCANVIModule(CountVAE):
             confidence_n, predicted_n = logits_nl.softmax(-1).max(-1)
             confusion = known_n.new_zeros(n_l * n_l).index_add(0, target_n * n_l + predicted_n, known_n)
             bin_n = (confidence_n * N_BINS).long().clamp(max=N_BINS - 1)
-            terms_3n = torch.stack([known_n, known_n * confidence_n, known_n * (predicted_n == target_n)])
-            bins = known_n.new_zeros(3, N_BINS).index_add(1, bin_n, terms_3n)
+            hits_2n = torch.stack([known_n * confidence_n, known_n * (predicted_n == target_n)])
+            bins = known_n.new_zeros(2, N_BINS).index_add(1, bin_n, hits_2n)
         sums = {"confusion": confusion.view(n_l, n_l), "calibration": bins, "classification_loss": cross_entropy}
         return cross_entropy / known_n.sum().clamp(min=1), sums
 
@@ -142,7 +157,7 @@ class SCANVIModule(CountVAE):
     def extra_shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the sums over cells with a known label."""
         n_l = self.config.n_known
-        return {"confusion": (n_l, n_l), "calibration": (3, N_BINS), "classification_loss": ()}
+        return {"confusion": (n_l, n_l), "calibration": (2, N_BINS), "classification_loss": ()}
 
     @property
     def extra_metrics(self) -> tuple[str, ...]:
@@ -159,12 +174,12 @@ class SCANVIModule(CountVAE):
         The F1 score is the mean over the labels that are known or predicted. The calibration error is the expected
         one over 15 equal bins of confidence (Guo et al. 2017, arXiv:1706.04599).
         """
-        confusion, (count, confidence, correct) = extra["confusion"].double(), extra["calibration"].double()
+        confusion, (expected, found) = extra["confusion"].double(), extra["calibration"].double()
         n, hits = confusion.sum(), confusion.diagonal()
         there = confusion.sum(0) + confusion.sum(1)
         return {
             "classification_loss": float(extra["classification_loss"] / n),
             "accuracy": float(hits.sum() / n),
             "f1_score": float((2 * hits / there)[there > 0].mean()),
-            "calibration_error": float((confidence - correct).abs().sum() / n),
+            "calibration_error": float((expected - found).abs().sum() / n),
         }

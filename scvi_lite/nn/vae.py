@@ -143,7 +143,7 @@ class VAE(Module):
         """KL of each cell's posterior against the prior of z, (n,); a draw estimates it where it has no closed form."""
         return kl_normal(q.z_loc_nk, q.z_scale_nk).sum(-1)
 
-    def log_prior_z(self, z: Tensor, batch: Batch) -> Tensor:
+    def log_prior_z(self, z: Tensor, batch: Batch | None) -> Tensor:
         """Log-density of the prior at ``z`` (..., n, k): (..., n)."""
         return log_normal(z, 0.0, 1.0).sum(-1)
 
