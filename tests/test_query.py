@@ -13,7 +13,7 @@ from scipy import sparse
 
 import scvi_lite
 from scvi_lite.data.gene_names import LEAST_SHARE
-from scvi_lite.model import SCVI
+from scvi_lite.model import SCANVI, SCVI
 
 SILENT = {"accelerator": "cpu", "enable_progress_bar": False}
 FAST = {"max_epochs": 2, "batch_size": 32, **SILENT}
@@ -182,7 +182,7 @@ def test_new_batch_is_an_average_until_trained():
     assert mapped.registry.categories("batch_n") == ["r0", "r1", "q0"]
     assert not mapped.is_trained
     assert mapped.history == {}
-    with pytest.warns(UserWarning, match="the mean of what the reference knows"):
+    with pytest.warns(UserWarning, match="new batches count as an average one"):
         mapped.get_latent_representation()
 
 
@@ -254,7 +254,7 @@ def test_reference_without_its_cells(source, tmp_path):
 def test_reference_of_scvi_tools():
     from conftest import SHARED
 
-    folder = SHARED / "golden" / "scvi_covariates"
+    folder = SHARED / "golden" / "scvi_covariates_encoded"
     if not folder.is_dir():
         pytest.skip("no models recorded from scvi-tools here")
     model_folder = next(path.parent for path in folder.rglob("model.pt"))
@@ -505,3 +505,69 @@ def test_the_query_needs_no_setup_and_has_one_then():
     map_untrained(query, model)
     again = SCVI(query, **SMALL)
     assert again.registry.categories("batch_n") == ["r0", "r1", "q0"]
+
+
+# Labels ---------------------------------------------------------------------------------------------------------------
+
+LABELS = {"labels_key": "labels", "unlabeled_category": "Unknown"}
+
+
+def labelled_reference(**options):
+    adata = cells("r0", "r1")
+    SCANVI.setup_anndata(adata, **BATCH, **LABELS)
+    model = SCANVI(adata, **SMALL | options)
+    model.train(**FAST)
+    return model
+
+
+LABELLED = {
+    "no column": lambda adata: without(adata, "labels"),
+    "unknown": lambda adata: relabelled(adata, "Unknown"),
+    "some": lambda adata: relabelled(adata, np.where(np.arange(adata.n_obs) % 4, "Unknown", adata.obs["labels"])),
+    "all": lambda adata: adata,
+}
+
+
+def relabelled(adata, labels):
+    adata = adata.copy()
+    adata.obs["labels"] = labels
+    return adata
+
+
+@pytest.mark.parametrize("labels", LABELLED.values(), ids=LABELLED)
+@pytest.mark.parametrize("freeze", [{}, {"freeze_classifier": False}, {"unfrozen": True}], ids=str)
+def test_labels_are_transferred(labels, freeze):
+    model = labelled_reference(encode_covariates=True)
+    query = labels(cells("q0", seed=1))
+    mapped = map_untrained(query, model, freeze_batchnorm_decoder=True, **freeze)
+    before = copied(mapped)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "No training cell has the label")
+        mapped.train(**FAST)
+    assert set(mapped.predict()) <= set(model.registry.categories("label_n")[:-1])
+    moved = {name for name in changed(mapped, before) if name.startswith("classifier")}
+    has_labels = "labels" in query.obs and (query.obs["labels"] != "Unknown").any()
+    if freeze and has_labels:
+        assert "classifier.logits.weight" in moved
+    if not freeze:
+        assert not moved
+        for ours, theirs in zip(answers(mapped, model.adata), answers(model, model.adata), strict=True):
+            assert np.array_equal(ours, theirs)
+        assert np.array_equal(mapped.predict(model.adata), model.predict())
+    assert np.isfinite(mapped.history["train_accuracy"]).to_numpy().all() == has_labels
+
+
+def test_unknown_label():
+    query = relabelled(cells("q0"), "label_9")
+    with pytest.raises(ValueError, match="label_9.*To have them predicted"):
+        map_untrained(query, labelled_reference())
+
+
+def test_from_a_mapped_scvi():
+    """SCANVI over a reference and a query mapped onto it."""
+    model = reference(BATCH | {"labels_key": "labels"})
+    mapped = map_untrained(cells("q0", seed=1), model)
+    mapped.train(**FAST)
+    labelled = SCANVI.from_scvi_model(mapped, unlabeled_category="label_0")
+    labelled.train(**FAST)
+    assert len(labelled.predict()) == 40

@@ -64,7 +64,7 @@ class Model(ABC):
 
     plan: ClassVar[Plan] = Plan()  #: default options of the training
     reads_mudata: ClassVar[bool] = False  #: whether it has ``setup_mudata``
-    _before_training = "its answers are random"
+    _is_query = False  #: whether it is made on top of a reference, which knows something before any training
 
     def __init__(self, adata: AnnData, arguments: dict[str, Any]):
         if not (self.reads_mudata and is_mudata(adata)):
@@ -289,7 +289,8 @@ class Model(ABC):
 
     def _warn_if_untrained(self) -> None:
         if not self.is_trained:
-            warn(f"This {type(self).__name__} is not trained: {self._before_training}. Call train() first.")
+            what = "new batches count as an average one" if self._is_query else "its answers are random"
+            warn(f"This {type(self).__name__} is not trained: {what}. Call train() first.")
 
     # Files ------------------------------------------------------------------------------------------------------------
 

@@ -207,6 +207,7 @@ def from_saved(
     (load or load_weights)(model.module, saved.state)
     if saved.frozen:
         model.module.freeze(Frozen.from_dict(saved.frozen, model.module))
+        model._is_query = True
     model.is_trained, model._history = saved.is_trained, saved.history
     for part, rows in saved.indices.items():
         setattr(model, f"{part}_indices", rows)

@@ -192,7 +192,7 @@ def load_query_data(
     note(new, model.adata)
     if not saved.is_trained:
         warn("reference_model is not trained: its latent space is random. Call its train() first.")
-    model._before_training = "what is new in the query counts as the mean of what the reference knows"
+    model._is_query = True
     model.is_trained = saved.is_trained and not any(p.requires_grad for p in model.module.parameters())
     model.to_device(choose_device(accelerator, device))
     return model

@@ -359,9 +359,18 @@ class SCANVI(Model):
             datasplitter_kwargs=splitting,
             plan_kwargs=plan_kwargs,
             adversary=adversary,
-            supervision=Supervision(self.registry.categories("label_n")[:-1], share, n_samples_per_label),
+            supervision=self._supervision(share, n_samples_per_label),
             check_val_every_n_epoch=check_val_every_n_epoch,
             **trainer_kwargs,
         )
+
+    def _supervision(self, share: float, n_per_label: int | None) -> Supervision | None:
+        """How labelled cells enter a training; on a query that need not teach the classifier, they come as they are."""
+        names = self.registry.categories("label_n")[:-1]
+        if self._is_query:
+            learns = any(parameter.requires_grad for parameter in self.module.classifier.parameters())
+            if not (learns and (self.registry.read(self.adata, "label_n") < len(names)).any()):
+                return None
+        return Supervision(names, share, n_per_label)
 
     _is_pretrained = False  #: by SCVI, after which a few epochs will do

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from scvi_lite.nn.layers import Block, CovariateLinear
 from scvi_lite.nn.module import Frozen, Module
 
+OF_LABELS = ("u_encoder", "z_decoder")  # networks over latent space and labels
 OWN_OF_THE_QUERY = ("library_encoder",)  # trained whole: how deep the query was sequenced is its own affair
 
 
@@ -36,7 +37,7 @@ class Freeze:
             return self.classifier
         if isinstance(of, nn.BatchNorm1d):
             return self.batchnorm_decoder if "decoder" in part else self.batchnorm_encoder
-        if not (is_first and isinstance(of, CovariateLinear)):
+        if part in OF_LABELS or not (is_first and isinstance(of, CovariateLinear)):
             return True
         return self.decoder_first_layer if "decoder" in part else self.expression
 

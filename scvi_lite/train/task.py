@@ -247,8 +247,9 @@ class Task(pl.LightningModule):
         return bool(norms.isfinite().all())
 
     def _raise_if_diverged(self, metrics: dict[str, float], where: str = "") -> None:
-        """Stop if a metric or, at the end of an epoch, a weight is not finite; the epoch leaves the history."""
-        bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+        """Stop if a term of the loss or, at the end of an epoch, a weight is not finite; that epoch has no history."""
+        terms = {*metric_names("train"), *metric_names("validation")}
+        bad = [name for name, value in metrics.items() if name in terms and not math.isfinite(value)]
         if not bad and (where or self._weights_are_finite()):
             return
         epoch = self.first_epoch + self.current_epoch
