@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 MODELS = (
     "SCVI",
     "LinearSCVI",
+    "CondSCVI",
     "PEAKVI",
     "SCANVI",
 )

@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import scvi_lite
 from scvi_lite.data.batch import Batch
-from scvi_lite.model import PEAKVI, SCVI, LinearSCVI
+from scvi_lite.model import PEAKVI, SCVI, CondSCVI, LinearSCVI
 
 SILENT = {"accelerator": "cpu", "enable_progress_bar": False}
 SMALL = {"n_hidden": 8, "n_latent": 3}
@@ -40,6 +40,7 @@ class Case:
 
 
 BATCH = {"batch_key": "batch"}
+LABELS = {"labels_key": "labels"}
 COVARIATES = BATCH | {"categorical_covariate_keys": ["donor"], "continuous_covariate_keys": ["depth"]}
 CASES = {
     "SCVI": Case(SCVI),
@@ -49,6 +50,9 @@ CASES = {
     "SCVI, size factor": Case(SCVI, BATCH | {"size_factor_key": "size"}, {"dispersion": "gene-cell"}),
     "LinearSCVI": Case(LinearSCVI, BATCH),
     "LinearSCVI, bias": Case(LinearSCVI, {}, {"use_batch_norm": False, "bias": True, "gene_likelihood": "zinb"}),
+    "CondSCVI": Case(CondSCVI, LABELS),
+    "CondSCVI, mixture": Case(CondSCVI, LABELS | BATCH, {"prior": "mog", "weight_obs": True}),
+    "CondSCVI, fine labels": Case(CondSCVI, LABELS | {"fine_labels_key": "donor"}, {"prior": "vamp", "n_layers": 1}),
     "PEAKVI": Case(PEAKVI, BATCH),
     "PEAKVI, covariates": Case(PEAKVI, COVARIATES, {"encode_covariates": True, "deeply_inject_covariates": True}),
     "PEAKVI, bare": Case(PEAKVI, {}, {"model_depth": False, "region_factors": False, "latent_distribution": "ln"}),

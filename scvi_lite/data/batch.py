@@ -122,6 +122,7 @@ class Batch:
     has_x_n: Tensor | None = None  #: (n,) bool: cells that have these counts, not a row of zeros for want of them;
     has_peaks_n: Tensor | None = None  #: None where all have
     has_proteins_n: Tensor | None = None
+    fine_n: Tensor | None = None  #: (n,) int64: code of the fine label
     extra: Batch | None = None  #: further cells, here for their labels only
     teaches: bool = True  #: whether the labels of these cells are learned, or those of the extra ones alone
 

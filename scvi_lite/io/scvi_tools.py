@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FILE = "model.pt"
-NOT_ARGUMENTS = ("adata", "registry", "datamodule")
+NOT_ARGUMENTS = ("adata", "registry", "datamodule", "ct_weight")  # the last is among the weights
 
 
 def is_scvi_tools_folder(path: str | Path, prefix: str = "") -> bool:
@@ -120,7 +120,12 @@ def _registry(class_name: str, setup_args: dict[str, Any], fields: dict[str, Any
     ours: dict[str, Any] = {
         "x": {"kind": "matrix", "layer": source.get("attr_key") if source.get("attr_name") == "layers" else None}
     }
-    for name, theirs, argument in (("batch_n", "batch", "batch_key"), ("label_n", "labels", "labels_key")):
+    columns = (
+        ("batch_n", "batch", "batch_key"),
+        ("label_n", "labels", "labels_key"),
+        ("fine_n", "fine_labels", "fine_labels_key"),
+    )
+    for name, theirs, argument in columns:
         if state := _state(fields, theirs):
             column = _column(argument, state["original_key"], state["categorical_mapping"])
             ours[name] = {"kind": "labels" if "unlabeled_category" in state else "categorical", **column}
@@ -136,7 +141,8 @@ def _registry(class_name: str, setup_args: dict[str, Any], fields: dict[str, Any
             {"argument": "continuous_covariate_keys", "key": str(key), "positive": False} for key in continuous
         ],
     }
-    if key := setup_args.get("size_factor_key"):
+    # CondSCVI of scvi-tools takes a size factor, and models total counts.
+    if (key := setup_args.get("size_factor_key")) and class_name != "CondSCVI":
         ours["size_factor_n"] = {"kind": "continuous", "argument": "size_factor_key", "key": key, "positive": True}
     counts = _state(fields, "X")
     return {
@@ -155,6 +161,7 @@ def _setup(fields: dict[str, Any], arguments: dict[str, Any]) -> Setup:
         n_batches=len(fields["batch_n"]["categories"]),
         n_cats=tuple(len(column["categories"]) for column in fields["cats_nc"]["columns"]),
         has_size_factor="size_factor_n" in fields,
+        n_labels=len(fields["label_n"]["categories"]) if "label_n" in fields else 1,
     )
 
 

@@ -5,6 +5,7 @@ from scvi_lite._lazy import lazy
 FILES = {
     "SCVI": "scvi",
     "LinearSCVI": "linear_scvi",
+    "CondSCVI": "condscvi",
     "PEAKVI": "peakvi",
     "SCANVI": "scanvi",
     "Model": "base",

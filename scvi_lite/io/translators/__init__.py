@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from scvi_lite.io.translators import linear_scvi, peakvi, scanvi, scvi
+from scvi_lite.io.translators import condscvi, linear_scvi, peakvi, scanvi, scvi
 from scvi_lite.io.translators.common import Setup
 
 TRANSLATORS: dict[str, Callable[[dict[str, Any], Setup], dict[str, Tensor]]] = {
     "SCVI": scvi.translate,
     "LinearSCVI": linear_scvi.translate,
+    "CondSCVI": condscvi.translate,
     "PEAKVI": peakvi.translate,
     "SCANVI": scanvi.translate,
 }
