@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import scvi_lite
 from scvi_lite.data.batch import Batch
-from scvi_lite.model import PEAKVI, SCVI, CondSCVI, LinearSCVI
+from scvi_lite.model import PEAKVI, SCANVI, SCVI, CondSCVI, LinearSCVI
 
 SILENT = {"accelerator": "cpu", "enable_progress_bar": False}
 SMALL = {"n_hidden": 8, "n_latent": 3}
@@ -41,6 +41,7 @@ class Case:
 
 BATCH = {"batch_key": "batch"}
 LABELS = {"labels_key": "labels"}
+SOME_LABELS = LABELS | {"unlabeled_category": "label_2"}
 COVARIATES = BATCH | {"categorical_covariate_keys": ["donor"], "continuous_covariate_keys": ["depth"]}
 CASES = {
     "SCVI": Case(SCVI),
@@ -53,6 +54,13 @@ CASES = {
     "CondSCVI": Case(CondSCVI, LABELS),
     "CondSCVI, mixture": Case(CondSCVI, LABELS | BATCH, {"prior": "mog", "weight_obs": True}),
     "CondSCVI, fine labels": Case(CondSCVI, LABELS | {"fine_labels_key": "donor"}, {"prior": "vamp", "n_layers": 1}),
+    "SCANVI": Case(SCANVI, SOME_LABELS | BATCH),
+    "SCANVI, covariates": Case(
+        SCANVI,
+        SOME_LABELS | COVARIATES,
+        {"n_layers": 2, "linear_classifier": True, "encode_covariates": True, "use_observed_lib_size": False},
+    ),
+    "SCANVI, by label": Case(SCANVI, SOME_LABELS, {"dispersion": "gene-label", "latent_distribution": "ln"}),
     "PEAKVI": Case(PEAKVI, BATCH),
     "PEAKVI, covariates": Case(PEAKVI, COVARIATES, {"encode_covariates": True, "deeply_inject_covariates": True}),
     "PEAKVI, bare": Case(PEAKVI, {}, {"model_depth": False, "region_factors": False, "latent_distribution": "ln"}),
