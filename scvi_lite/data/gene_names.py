@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from scvi_lite.errors import nearest
-
 if TYPE_CHECKING:
     from anndata import AnnData
 
@@ -75,5 +73,4 @@ def naming_hint(adata: AnnData, var_names: Sequence[str]) -> str:
             f"The model's genes are named by {ours} ({missing[0]!r}) and those of adata by {theirs} ({here[0]!r}): "
             "translate them first, adata.var_names = [name_of[n] for n in adata.var_names]"
         )
-    near = nearest(missing[0], here[:20_000])
-    return f"The nearest name to {missing[0]!r} is {near!r}." if near else ""
+    return ""

@@ -10,7 +10,7 @@ import numpy as np
 from scvi_lite.data.gene_names import naming_hint
 from scvi_lite.data.modalities import check_mudata, name_of, part_of
 from scvi_lite.data.registry import check_anndata
-from scvi_lite.errors import listing, warn
+from scvi_lite.errors import listing, nearest, warn
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -59,10 +59,12 @@ def _match_part(data: AnnData | MuData, var_names: Sequence[str], modality: str 
     position = here.get_indexer(var_names)
     missing = [gene for gene, i in zip(var_names, position, strict=True) if i < 0]
     if missing:
+        near = nearest(missing[0], here[:20_000])
+        hint = naming_hint(adata, var_names) or (f"The nearest name to {missing[0]!r} is {near!r}." if near else "")
         raise ValueError(
             f"{name}: {len(missing)} of the model's {len(var_names)} {what} are not among {name}.var_names: "
-            f"{listing(missing)}. Names must be those that the model was trained with; prepare_query_anndata fills "
-            f"genes that were not measured with zeros. {naming_hint(adata, var_names)}".rstrip()
+            f"{listing(missing)}. Names must be those that the model was trained with; prepare_query_anndata fills in "
+            f"those that were not measured. {hint}".rstrip()
         )
     how = ["are in another order than the model's"] if (np.diff(position) < 0).any() else []
     if (surplus := len(here) - len(var_names)) > 0:
