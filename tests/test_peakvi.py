@@ -196,7 +196,7 @@ def test_kl_scale():
     assert float(cell.kl_local) == float(minibatch.kl_local) > 0
     difference = float(cell.kl_local) / 40 * (1 - 1 / 40)
     assert float(cell.total - minibatch.total) == pytest.approx(difference, rel=1e-3)
-    model.train(1, plan_kwargs={"kl_scale": "minibatch"}, **SILENT)
+    model.train(1, plan_kwargs={"kl_scale": "cell"}, **SILENT)
     with pytest.raises(ValueError, match="Did you mean 'minibatch'"):
         model.train(1, plan_kwargs={"kl_scale": "minibach"}, **SILENT)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,10 +25,31 @@ if TYPE_CHECKING:
     import pandas as pd
     from anndata import AnnData
 
+    from scvi_lite.analysis.expression import ValueOf
     from scvi_lite.model.base import Model
 
 Codes = Sequence[int | None]
 Sampler = Callable[[np.ndarray, Codes], np.ndarray]  # rows of a population, batches to decode as -> draws (s, g)
+
+
+@dataclass(frozen=True)
+class Features:
+    """What is compared beside, or instead of, genes.
+
+    Attributes
+    ----------
+    names
+        Names of the features.
+    value_of
+        What a decoder says about them, asked as :func:`~scvi_lite.analysis.expression.expected` is.
+    matrices
+        From the data to the features' counts: matrices side by side.
+    """
+
+    names: Sequence[str]
+    value_of: ValueOf
+    matrices: Callable[[AnnData], Sequence[Any]]
+
 
 OUTLIERS = 0.1  # share of the cells that the filter removes
 CELLS_PER_DIMENSION = 5  # fewer cells than this do not tell where a population ends
@@ -63,6 +85,7 @@ def differential_expression(
     threshold_counts: float = 0.01,
     test_mode: str = "three",
     cred_interval_lvls: float | Sequence[float] | None = None,
+    features: Features | None = None,
 ) -> pd.DataFrame:
     """Which genes differ between populations of cells, by how much, and how sure that is.
 
@@ -125,6 +148,8 @@ def differential_expression(
         In change mode: ``"three"`` tells up from down, ``"two"`` takes them together.
     cred_interval_lvls
         In change mode: one or several levels of credible intervals to add, e.g. ``0.95``.
+    features
+        What a model compares besides genes.
 
     Returns
     -------
@@ -181,16 +206,20 @@ def differential_expression(
     adata = model._check(adata)
     comparisons = find_comparisons(model, adata, groupby, group1, group2, idx1, idx2)
     model._warn_if_untrained()
+    names = model._gene_names if features is None else features.names
     n_turns = math.lcm(*map(len, codes))  # each batch gets the same number of draws
 
     def sampler(rows: np.ndarray, codes: Codes) -> np.ndarray:
         rows = inliers(model, adata, rows, batch_size) if filter_outlier_cells else rows
         n = -(-n_samples_overall // n_turns) * n_turns
         rows, z_sk = draw_latent(model, adata, rows, n, weights or "uniform", importance_weighting_kwargs, batch_size)
-        return decode_draws(model, adata, rows, z_sk, codes, each_in_turn=True, batch_size=batch_size)
+        return decode_draws(
+            model, adata, rows, z_sk, codes, each_in_turn=True, batch_size=batch_size,
+            value_of=features and features.value_of, n_features=len(names),
+        )  # fmt: skip
 
     return compare(
-        model, adata, comparisons, sampler, test, codes, model._gene_names,
+        model, adata, comparisons, sampler, test, codes, names, matrices=features and features.matrices(adata),
         all_stats=all_stats, silent=silent, threshold_counts=threshold_counts,
         n_permuted=m_permutation if use_permutation else None,
     )  # fmt: skip
@@ -209,6 +238,7 @@ def compare(
     silent: bool = False,
     threshold_counts: float = 0.01,
     n_permuted: int | None = None,
+    field: str = "x",
 ) -> pd.DataFrame:
     """Compare populations feature by feature: what differential expression and accessibility share.
 
@@ -224,13 +254,20 @@ def compare(
         Batches to decode each population as.
     names
         Names of the features.
+    field
+        The matrix of their counts.
     """
     import pandas as pd
     from tqdm.auto import tqdm
 
-    groups = [rows for comparison in comparisons for rows in (comparison.rows1, comparison.rows2)]
+    place_n = model.registry.place(adata, field)
+    groups = [
+        rows if place_n is None else rows[place_n[rows] >= 0]  # without cells that have no such data
+        for comparison in comparisons
+        for rows in (comparison.rows1, comparison.rows2)
+    ]
     counted = not model.registry.fields["x"].get("minified")
-    statistics = count_statistics(model.registry.rows(adata), groups) if counted else []
+    statistics = count_statistics(model.registry.rows(adata, field), groups) if counted else []
     frames = []
     for i, comparison in enumerate(tqdm(comparisons, disable=silent, unit="comparison")):
         draws = []

@@ -106,7 +106,7 @@ def get_normalized_expression(
     genes = gene_positions(model, gene_list)
     codes = model._batch_codes(transform_batch)
     whole_number(n_samples=n_samples)
-    _check_library_size(library_size)
+    check_library_size(library_size)
     if weights not in (None, "uniform", "importance"):
         raise ValueError(unknown("weights", weights, ["uniform", "importance"]))
     if n_samples_overall is not None:
@@ -125,7 +125,7 @@ def get_normalized_expression(
     value = _per_cell(model, adata, rows, codes, genes, library_size, n_samples, batch_size, return_mean, silent)
     if return_numpy or value.ndim == 3:
         return value
-    return _frame(model, value, adata, rows, genes)
+    return as_frame(model, value, adata, rows, genes)
 
 
 def _per_cell(
@@ -236,7 +236,7 @@ def mean_over(codes: Sequence[int | None], value_of: Any) -> Tensor:
     return total if len(codes) == 1 else total / len(codes)
 
 
-def _check_library_size(library_size: float | str) -> None:
+def check_library_size(library_size: float | str) -> None:
     if isinstance(library_size, str) and library_size != "latent":
         raise ValueError(unknown("library_size", library_size, ["latent"], "a positive number or 'latent'"))
     if not isinstance(library_size, str) and not (isinstance(library_size, Real) and 0 < library_size < math.inf):
@@ -262,7 +262,10 @@ def minibatches(
             bar.update(batch.n_cells)
 
 
-def _frame(model: Model, value: np.ndarray, adata: AnnData, rows: np.ndarray, genes: np.ndarray | None) -> pd.DataFrame:
+def as_frame(
+    model: Model, value: np.ndarray, adata: AnnData, rows: np.ndarray, genes: np.ndarray | None
+) -> pd.DataFrame:
+    """Values (n, g) with the names of cells and genes."""
     import pandas as pd
 
     names = pd.Index(model._gene_names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from torch.distributions import MixtureSameFamily
 
+    from scvi_lite.data.batch import Batch
     from scvi_lite.model.base import Model
+    from scvi_lite.nn.vae import Posterior
 
 
 def get_latent_representation(
@@ -69,17 +72,31 @@ def get_latent_representation(
     >>> model.get_latent_representation(indices=[3, 1]).shape
     (2, 5)
     """
+    return positions(model, model.module.encode, adata, indices, give_mean, mc_samples, batch_size, return_dist)
+
+
+def positions(
+    model: Model,
+    encode: Callable[[Batch], Posterior],
+    adata: AnnData | None,
+    indices: Any,
+    give_mean: bool,
+    mc_samples: int,
+    batch_size: int | None,
+    return_dist: bool,
+) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+    """What ``get_latent_representation`` gives, of any posterior of a minibatch."""
     model._warn_if_untrained()
     if return_dist:
-        loc_nk, scale_nk = posterior_parameters(model, adata, indices, batch_size)
-        return loc_nk, scale_nk**2
+        posteriors = [encode(batch) for batch in model._minibatches(adata, indices, batch_size)]
+        return to_numpy([q.z_loc_nk for q in posteriors]), to_numpy([q.z_scale_nk for q in posteriors]) ** 2
     whole_number(mc_samples=mc_samples)
     on_simplex = model.module.config.latent_distribution == "ln"
     if on_simplex and give_mean and batch_size is None:
         batch_size = minibatch_size(None, mc_samples * model.module.config.n_latent)
     z: list[Tensor] = []
     for batch in model._minibatches(adata, indices, batch_size):
-        q = model.module.encode(batch)
+        q = encode(batch)
         if not give_mean:
             z.append(model.module.to_latent(q.sample_z()))
         elif on_simplex:

@@ -7,7 +7,7 @@ that state, those it was registered with or new ones. In a MuData, a state may n
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -59,7 +59,10 @@ class Field(ABC):
 
 
 class Matrix(Field):
-    """A cells × features matrix of counts: ``X`` or a layer."""
+    """A cells × features matrix of counts: ``X`` or a layer.
+
+    A state may have ``columns``, the first and the one after the last, where a matrix holds several kinds of features.
+    """
 
     kind = "matrix"
     parts = {"layer": str | None}
@@ -90,10 +93,11 @@ class Matrix(Field):
             matrix = part.X  # asked for once, because a view makes it anew each time
             if matrix is None:
                 raise ValueError(f"{name}.X is empty. Put the counts there, or name the layer that has them: layer=...")
-            return matrix
-        if not isinstance(layer, str) or layer not in part.layers:
+        elif not isinstance(layer, str) or layer not in part.layers:
             raise UnknownKeyError(unknown("layer", layer, part.layers.keys(), f"a key of {name}.layers", "Layers"))
-        return part.layers[layer]
+        else:
+            matrix = part.layers[layer]
+        return matrix[:, slice(*state["columns"])] if "columns" in state else matrix
 
 
 class Categorical(Field):
@@ -224,6 +228,32 @@ class Embedding(Field):
             raise UnknownKeyError(unknown(argument, key, adata.obsm.keys(), "a key of adata.obsm", "Keys"))
         values = np.ascontiguousarray(adata.obsm[key], dtype=np.float32)
         return np.sqrt(values) if state.get("variance") else values
+
+
+def columns_of_obs(given: Mapping[str, Any], where: Mapping[str, str | None] | None = None) -> list[Field]:
+    """The columns of ``obs`` that most models read, as the arguments of a setup name them.
+
+    Parameters
+    ----------
+    given
+        The arguments.
+    where
+        Of a MuData, the modality in which to look for each.
+    """
+    modality_of = where or {}
+
+    def column(kind: Any, name: str, argument: str, **options: Any) -> Field:
+        return kind(name, argument, given[argument], modality=modality_of.get(argument), **options)
+
+    columns = [
+        column(Categorical, "batch_n", "batch_key"),
+        column(Categorical, "label_n", "labels_key"),
+        column(Categoricals, "cats_nc", "categorical_covariate_keys"),
+        column(Continuouses, "conts_nd", "continuous_covariate_keys"),
+    ]
+    if given.get("size_factor_key") is not None:
+        columns.append(column(Continuous, "size_factor_n", "size_factor_key", positive=True))
+    return columns
 
 
 def check_keys(argument: str, keys: Iterable[str] | None) -> list[str]:

@@ -13,7 +13,7 @@ from torch.nn.functional import leaky_relu
 from scvi_lite.analysis import abundance, accessibility, latent, likelihood
 from scvi_lite.data.batch import Batch
 from scvi_lite.data.fields import Categorical, Categoricals, Continuouses, Matrix, check_keys
-from scvi_lite.errors import unknown
+from scvi_lite.errors import as_options, unknown
 from scvi_lite.model.base import Model
 from scvi_lite.nn.accessibility import Accessibility, Head, default_sizes
 from scvi_lite.nn.configure import configure
@@ -37,11 +37,12 @@ class PeakPlan(Plan):
     Attributes
     ----------
     kl_scale
-        What the KL term is divided by: ``"cell"`` for the evidence lower bound; ``"minibatch"`` for one over the number
-        of cells of the minibatch, as scvi-tools does.
+        ``"minibatch"``: the KL term is divided by the number of cells of the minibatch, as in scvi-tools, so that the
+        latent space may say more about each cell than the evidence lower bound would let it. ``"cell"``: that bound.
+        See ``docs/design.md`` for what it changes on real data.
     """
 
-    kl_scale: str = "cell"
+    kl_scale: str = "minibatch"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -103,8 +104,8 @@ class PEAKVIModule(VAE):
 
     decode_regions = decode
 
-    def loss(self, batch: Batch, kl_weight: float | Tensor = 1.0, kl_scale: str = "cell") -> Loss:
-        """Negative evidence lower bound, mean over cells: reconstruction + kl_weight · KL(z).
+    def loss(self, batch: Batch, kl_weight: float | Tensor = 1.0, kl_scale: str = "minibatch") -> Loss:
+        """Mean over cells of reconstruction + kl_weight · KL(z), the negative evidence lower bound.
 
         With ``kl_scale="minibatch"``, the KL term is divided by the number of cells of the minibatch.
         """
@@ -223,6 +224,8 @@ class PEAKVI(Model):
         options["n_hidden"], options["n_latent"] = sizes
         return PEAKVIModule(configure(self.registry, options, PeakConfig))
 
+    _region_field = "x"
+
     @property
     def _region_names(self) -> list[str]:
         return self._gene_names
@@ -257,7 +260,8 @@ class PEAKVI(Model):
         lr, weight_decay, eps, n_steps_kl_warmup, n_epochs_kl_warmup
             Options of ``plan_kwargs``, which counts where both are given.
         early_stopping, early_stopping_patience
-            Stop when ``early_stopping_monitor`` (``"elbo_validation"``) has not improved for so many epochs.
+            Stop when ``early_stopping_monitor`` has not improved for so many epochs: by default
+        ``"reconstruction_loss_validation"``, or ``"elbo_validation"`` with ``kl_scale="cell"``.
         plan_kwargs
             See :class:`~scvi_lite.model.peakvi.PeakPlan`: also ``kl_scale``.
         accelerator, devices, train_size, validation_size, shuffle_set_split, batch_size, datasplitter_kwargs, strategy
@@ -273,6 +277,10 @@ class PEAKVI(Model):
             eps=eps,
             n_steps_kl_warmup=n_steps_kl_warmup,
             n_epochs_kl_warmup=n_epochs_kl_warmup,
+        ) | as_options("plan_kwargs", plan_kwargs)
+        of_bound = named.get("kl_scale", self.plan.kl_scale) == "cell"
+        trainer_kwargs.setdefault(
+            "early_stopping_monitor", "elbo_validation" if of_bound else "reconstruction_loss_validation"
         )
         fit_model(
             self,
@@ -286,7 +294,7 @@ class PEAKVI(Model):
             early_stopping=early_stopping,
             early_stopping_patience=early_stopping_patience,
             datasplitter_kwargs=datasplitter_kwargs,
-            plan_kwargs=named | dict(plan_kwargs or {}),
+            plan_kwargs=named,
             strategy=strategy,
             **trainer_kwargs,
         )
