@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from typing import Any, Protocol
@@ -9,6 +10,8 @@ from typing import Any, Protocol
 import lightning.pytorch as pl
 from lightning.fabric.utilities.imports import _IS_INTERACTIVE
 from lightning.pytorch.callbacks import ProgressBar
+
+FALLBACK_SIZE = {"ncols": 80, "nrows": 24}
 
 
 class Display(Protocol):
@@ -32,8 +35,11 @@ class TrainingBar:
         if self.bar is None:
             from tqdm.auto import tqdm
 
-            form = "{l_bar}{bar}| {n:.0f}/{total_fmt} epochs [{elapsed}<{remaining}{postfix}]"
-            self.bar = tqdm(total=total, initial=position, desc="Training", bar_format=form, mininterval=0)
+            # A terminal that says it has no columns, as those of some containers do, would be shown nothing.
+            size = {} if _IS_INTERACTIVE or _columns() else FALLBACK_SIZE
+            self.bar = tqdm(total=total, initial=position, desc="Training", mininterval=0, **size)
+        done = f"{int(position)}/{total or '?'} epochs"  # those that are complete
+        self.bar.bar_format = f"{{l_bar}}{{bar}}| {done} [{{elapsed}}<{{remaining}}{{postfix}}]"
         self.bar.set_postfix(_rounded(metrics), refresh=False)
         self.bar.n = position
         self.bar.refresh()
@@ -42,6 +48,14 @@ class TrainingBar:
         """Leave the bar as it is."""
         if self.bar is not None:
             self.bar.close()
+
+
+def _columns() -> int:
+    """Width of the terminal that the bar is drawn in, or 0."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns
+    except (OSError, ValueError):  # not a terminal, or not a file at all
+        return 0
 
 
 class TrainingLines:

@@ -18,6 +18,7 @@ NOISE = (
     ".*Total length of `list` across ranks is zero.*",
     ".*GPU available but not used.*",
     ".*in eval mode at the start of training.*",  # what is frozen
+    ".*torch.autograd.function.Function.* should not be instantiated.*",  # of torch.compile
     ".*isinstance.treespec, LeafSpec.. is deprecated.*",
 )
 
