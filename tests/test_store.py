@@ -166,6 +166,30 @@ def test_a_part_of_a_store_shares_its_memory_until_it_is_moved():
     assert len(part.to("meta").x) == 2
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int32, np.int64, np.uint8])
+@pytest.mark.parametrize("spoil", ["nothing", "order", "zero", "twice"])
+def test_rows_are_gathered_as_scipy_gives_them(dtype, spoil, monkeypatch):
+    monkeypatch.setattr("scvi_lite.data.kernels.MIN_WORK", 8)  # so that threads share even few rows
+    x_ng = np.random.default_rng(0).poisson(0.8, (40, 6)).astype(dtype)
+    x_ng[0], x_ng[7] = [1, 2, 0, 3, 0, 0], 0
+    matrix = sp.csr_matrix(x_ng)
+    if spoil == "order":
+        matrix.indices[:2], matrix.data[:2] = [1, 0], [2, 1]
+    elif spoil == "zero":
+        matrix.data[0] = 0
+    elif spoil == "twice":
+        matrix.indices[1] = 0
+    asked, place_n = np.array([3, 0, 7, 7, 39, 1]), np.arange(-1, 39)
+    for source in (rows.Rows(matrix.copy()), rows.Rows(matrix.copy(), place_n)):
+        expected = source[asked]
+        counts, total_n = source.gather(asked)
+        assert np.array_equal(counts.start.numpy(), expected.indptr)
+        assert np.array_equal(counts.col_m.numpy(), expected.indices)
+        assert np.array_equal(counts.value_m.numpy(), expected.data)
+        assert np.array_equal(counts.row_m.numpy(), np.repeat(np.arange(6), np.diff(expected.indptr)))
+        assert np.array_equal(total_n.numpy(), np.ravel(expected.sum(1)))
+
+
 def test_counts_can_be_mapped_summed_and_read_from_dense():
     x_ng = torch.tensor([[0.0, 2.0], [0.0, 0.0], [3.0, 4.0]])
     x = Counts.from_dense(x_ng)

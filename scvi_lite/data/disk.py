@@ -11,9 +11,9 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from scvi_lite.data.batch import Batch, Counts
+from scvi_lite.data.batch import Batch
 from scvi_lite.data.checks import is_sparse_file
-from scvi_lite.data.rows import Rows, row_sums
+from scvi_lite.data.rows import Rows
 from scvi_lite.data.store import CellStore, cell_tensors, load
 
 if TYPE_CHECKING:
@@ -51,10 +51,10 @@ class LazyStore:
 
     def __getitem__(self, row_n: Tensor) -> Batch:
         row_n = self.row_n[row_n]
-        counts = {name: rows[row_n.numpy()] for name, rows in self.counts.items()}
+        found = {name: rows.gather(row_n.numpy()) for name, rows in self.counts.items()}
         cells = {name: values.index_select(0, row_n) for name, values in self.cells.items()}
-        cells.setdefault("total_n", torch.from_numpy(row_sums(counts["x"].indptr, counts["x"].data)))
-        return Batch(**{name: Counts.from_csr(csr) for name, csr in counts.items()}, **cells)
+        cells.setdefault("total_n", found["x"][1])
+        return Batch(**{name: counts for name, (counts, _) in found.items()}, **cells)
 
     @classmethod
     def of(cls, counts: dict[str, Rows], cells: dict[str, Tensor], row_n: Tensor) -> LazyStore:

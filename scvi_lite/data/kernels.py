@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
 import numba
+import numpy as np
 import torch
 from torch import Tensor
+
+# A thread is worth its start from this many elements on.
+MIN_WORK = 1 << 15
 
 
 @cache
@@ -18,6 +24,33 @@ def compiled(function: Callable[..., None]) -> Any:
         return numba.njit(nogil=True, cache=True)(function)
     except RuntimeError:  # nowhere to keep the result
         return numba.njit(nogil=True)(function)
+
+
+@cache
+def _threads(pid: int) -> ThreadPoolExecutor:
+    """Threads of this process; those of a parent do not survive a fork."""
+    return ThreadPoolExecutor(thread_name_prefix="scvi_lite")
+
+
+def in_threads(function: Callable[[int, int], Any], n: int, work: int) -> list[Any]:
+    """Call ``function(first, last)`` on shares of ``range(n)``, one a thread, as many threads as PyTorch uses.
+
+    Parameters
+    ----------
+    function
+        Releases the lock of the interpreter, as compiled functions do.
+    n
+        Rows.
+    work
+        Elements in all of them: few are left to one thread.
+
+    >>> in_threads(lambda first, last: last - first, 10, 100)
+    [10]
+    """
+    n_threads = max(1, min(torch.get_num_threads(), n, work // MIN_WORK))
+    edges = [k * n // n_threads for k in range(n_threads + 1)]
+    others = [_threads(os.getpid()).submit(function, *edges[k : k + 2]) for k in range(1, n_threads)]
+    return [function(*edges[:2]), *(other.result() for other in others)]
 
 
 def copy_rows(first_n: Tensor, start: Tensor, col: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,6 +87,50 @@ def _copy_rows(first_n, start, col, value, row_m, col_m, value_m):
             row_m[m], col_m[m], value_m[m] = i, col[shift + m], value[shift + m]
 
 
+def gather_rows(
+    first_n: np.ndarray, start: np.ndarray, col: np.ndarray, value: np.ndarray
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """As :func:`copy_rows`, with the total of each row (n,); None if columns are not in order or a number is 0.
+
+    >>> gather_rows(np.array([1]), np.array([0, 2]), np.array([4, 0, 2]), np.array([5, 6, 7]))[1:]
+    (tensor([0, 2]), tensor([6., 7.]), tensor([13.]))
+    """
+    n, m = len(first_n), int(start[-1])
+    row_m, col_m = torch.empty(m, dtype=torch.int64), torch.empty(m, dtype=torch.int64)
+    value_m, total_n = torch.empty(m, dtype=torch.float32), torch.empty(n, dtype=torch.float32)
+    kernel = compiled(_gather_rows)
+    arrays = (first_n, start, col, value, *(t.numpy() for t in (row_m, col_m, value_m, total_n)))
+    wrong = in_threads(lambda first, last: kernel(first, last, *arrays), n, m)
+    return None if any(wrong) else (row_m, col_m, value_m, total_n)
+
+
+def _gather_rows(begin, end, first_n, start, col, value, row_m, col_m, value_m, total_n):
+    wrong = 0
+    for i in range(begin, end):
+        # Slices, whose indices start at 0: the compiler then copies many numbers at once.
+        lo, hi = start[i], start[i + 1]
+        here = slice(first_n[i], first_n[i] + hi - lo)
+        total_n[i], n_wrong = _gather_row(i, col[here], value[here], row_m[lo:hi], col_m[lo:hi], value_m[lo:hi])
+        wrong += n_wrong
+    return wrong
+
+
+@numba.njit(fastmath={"reassoc", "contract", "nsz"})
+def _gather_row(i, col, value, row_m, col_m, value_m):
+    wrong, total = 0, 0.0
+    for k in range(len(col)):
+        row_m[k] = i
+    for k in range(len(col)):
+        col_m[k] = col[k]
+    for k in range(len(value)):
+        value_m[k] = value[k]
+        total += value[k]
+        wrong += value[k] == 0
+    for k in range(len(col) - 1):
+        wrong += col[k + 1] <= col[k]
+    return total, wrong
+
+
 def fill_rows(start: Tensor, col_m: Tensor, value_m: Tensor, n_features: int) -> Tensor:
     """A dense matrix (n, g) of the non-zeros of n rows.
 
@@ -61,12 +138,13 @@ def fill_rows(start: Tensor, col_m: Tensor, value_m: Tensor, n_features: int) ->
     tensor([[0., 3.]])
     """
     x_ng = value_m.new_empty(start.shape[0] - 1, n_features)
-    compiled(_fill_rows)(*(t.numpy() for t in (start, col_m, value_m, x_ng)))
+    kernel, arrays = compiled(_fill_rows), [t.numpy() for t in (start, col_m, value_m, x_ng)]
+    in_threads(lambda first, last: kernel(first, last, *arrays), x_ng.shape[0], x_ng.numel())
     return x_ng
 
 
-def _fill_rows(start, col_m, value_m, x_ng):
-    for i in range(x_ng.shape[0]):
+def _fill_rows(begin, end, start, col_m, value_m, x_ng):
+    for i in range(begin, end):
         x_ng[i] = 0
         for m in range(start[i], start[i + 1]):
             x_ng[i, col_m[m]] = value_m[m]

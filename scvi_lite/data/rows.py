@@ -6,11 +6,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import torch
 from scipy import sparse
+from torch import Tensor
 
+from scvi_lite.data.batch import Counts
 from scvi_lite.data.checks import CHUNK, is_file, is_sparse_file
 
 BLOCK = 1 << 18  # numbers summed in one go
+COMPILED = (np.float32, np.float64, np.int32, np.int64)  # types that are gathered by compiled code
 
 
 class Rows:
@@ -38,6 +42,22 @@ class Rows:
             matrix = matrix.to_memory()
         self.matrix = matrix.tocsr() if sparse.issparse(matrix) else matrix
         self.in_file, self.place_n = is_file(matrix), place_n
+
+    def gather(self, row_n: np.ndarray) -> tuple[Counts, Tensor]:
+        """Rows as a minibatch reads them, and the total of each, (n,)."""
+        if sparse.issparse(self.matrix) and self.matrix.dtype in COMPILED:
+            from scvi_lite.data.kernels import gather_rows
+
+            place_n = row_n if self.place_n is None else self.place_n[row_n]
+            start = np.zeros(len(row_n) + 1, np.int64)
+            first_n = self.matrix.indptr[place_n].astype(np.int64)
+            length_n = self.matrix.indptr[place_n + 1] - first_n
+            np.cumsum(np.where(place_n < 0, 0, length_n), out=start[1:])
+            found = gather_rows(first_n, start, self.matrix.indices, self.matrix.data)
+            if found is not None:
+                return Counts(torch.from_numpy(start), *found[:3], self.shape[1]), found[3]
+        csr = self[row_n]
+        return Counts.from_csr(csr), torch.from_numpy(row_sums(csr.indptr, csr.data))
 
     def __len__(self) -> int:
         return int(self.matrix.shape[0]) if self.place_n is None else len(self.place_n)
