@@ -17,7 +17,9 @@ MODELS = (
     "LinearSCVI",
     "CondSCVI",
     "PEAKVI",
+    "MULTIVI",
     "SCANVI",
+    "TOTALVI",
 )
 
 __getattr__, __dir__ = lazy(

@@ -335,7 +335,7 @@ def differential_accessibility(
 
     table = compare(
         model, adata, comparisons, sampler, test, codes, model._region_names,
-        all_stats=all_stats, silent=silent, field=model._region_field,
+        all_stats=all_stats, silent=silent, fields=[model._region_field],
     )  # fmt: skip
     return _renamed(table, f"is_de_fdr_{target}")
 

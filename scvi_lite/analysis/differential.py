@@ -42,13 +42,13 @@ class Features:
         Names of the features.
     value_of
         What a decoder says about them, asked as :func:`~scvi_lite.analysis.expression.expected` is.
-    matrices
-        From the data to the features' counts: matrices side by side.
+    fields
+        Where their counts are, side by side.
     """
 
     names: Sequence[str]
     value_of: ValueOf
-    matrices: Callable[[AnnData], Sequence[Any]]
+    fields: Sequence[str]
 
 
 OUTLIERS = 0.1  # share of the cells that the filter removes
@@ -219,7 +219,7 @@ def differential_expression(
         )  # fmt: skip
 
     return compare(
-        model, adata, comparisons, sampler, test, codes, names, matrices=features and features.matrices(adata),
+        model, adata, comparisons, sampler, test, codes, names, fields=features.fields if features else ["x"],
         all_stats=all_stats, silent=silent, threshold_counts=threshold_counts,
         n_permuted=m_permutation if use_permutation else None,
     )  # fmt: skip
@@ -238,7 +238,7 @@ def compare(
     silent: bool = False,
     threshold_counts: float = 0.01,
     n_permuted: int | None = None,
-    field: str = "x",
+    fields: Sequence[str] = ("x",),
 ) -> pd.DataFrame:
     """Compare populations feature by feature: what differential expression and accessibility share.
 
@@ -254,20 +254,14 @@ def compare(
         Batches to decode each population as.
     names
         Names of the features.
-    field
-        The matrix of their counts.
+    fields
+        Where their counts are, side by side.
     """
     import pandas as pd
     from tqdm.auto import tqdm
 
-    place_n = model.registry.place(adata, field)
-    groups = [
-        rows if place_n is None else rows[place_n[rows] >= 0]  # without cells that have no such data
-        for comparison in comparisons
-        for rows in (comparison.rows1, comparison.rows2)
-    ]
     counted = not model.registry.fields["x"].get("minified")
-    statistics = count_statistics(model.registry.rows(adata, field), groups) if counted else []
+    statistics = feature_statistics(model, adata, comparisons, fields) if counted else []
     frames = []
     for i, comparison in enumerate(tqdm(comparisons, disable=silent, unit="comparison")):
         draws = []
@@ -286,6 +280,23 @@ def compare(
             columns |= {"comparison": comparison.name, "group1": comparison.group1, "group2": comparison.group2}
         frames.append(pd.DataFrame(columns, index=list(names)).iloc[surest_first(columns, test.sort_by)])
     return pd.concat(frames)
+
+
+def feature_statistics(
+    model: Model, adata: AnnData, comparisons: Sequence[Comparison], fields: Sequence[str]
+) -> list[dict[str, np.ndarray]]:
+    """Statistics of the counts of each population, of the features of all fields side by side."""
+    parts = []
+    for field in fields:
+        place_n = model.registry.place(adata, field)
+        groups = [
+            rows if place_n is None else rows[place_n[rows] >= 0]  # without cells that have no such data
+            for comparison in comparisons
+            for rows in (comparison.rows1, comparison.rows2)
+        ]
+        matrix = field in model.registry.matrices
+        parts.append(count_statistics((model.registry.rows if matrix else model.registry.read)(adata, field), groups))
+    return [{name: np.concatenate([part[name] for part in group]) for name in group[0]} for group in zip(*parts)]
 
 
 def expected_mean(model: Model, adata: AnnData, rows: np.ndarray, scale_sg: np.ndarray) -> np.ndarray:

@@ -116,18 +116,19 @@ def _column(argument: str, key: str, categories: Any) -> dict[str, Any]:
 
 def _registry(class_name: str, setup_args: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
     """The setup as :class:`scvi_lite.data.registry.Registry` has it."""
-    source = fields.get("X", {}).get("data_registry", {})
-    ours: dict[str, Any] = {
-        "x": {"kind": "matrix", "layer": source.get("attr_key") if source.get("attr_name") == "layers" else None}
-    }
+    ours: dict[str, Any] = {"x": {"kind": "matrix", **_matrix(fields, "X")}}
+    if "atac" in fields:
+        ours["peaks"] = {"kind": "matrix", **_matrix(fields, "atac")}
     columns = (
         ("batch_n", "batch", "batch_key"),
         ("label_n", "labels", "labels_key"),
         ("fine_n", "fine_labels", "fine_labels_key"),
+        ("panel_n", "panel", "panel_key"),
     )
     for name, theirs, argument in columns:
         if state := _state(fields, theirs):
             column = _column(argument, state["original_key"], state["categorical_mapping"])
+            column |= _modality(fields, theirs)
             ours[name] = {"kind": "labels" if "unlabeled_category" in state else "categorical", **column}
     categorical = _state(fields, "extra_categorical_covs").get("mappings", {})
     ours["cats_nc"] = {
@@ -144,6 +145,9 @@ def _registry(class_name: str, setup_args: dict[str, Any], fields: dict[str, Any
     # CondSCVI of scvi-tools takes a size factor, and models total counts.
     if (key := setup_args.get("size_factor_key")) and class_name != "CondSCVI":
         ours["size_factor_n"] = {"kind": "continuous", "argument": "size_factor_key", "key": key, "positive": True}
+    if _state(fields, "proteins"):
+        n_panels = len(ours.get("panel_n", ours["batch_n"])["categories"])
+        ours["proteins_np"] = {"kind": "proteins", **_proteins(fields, setup_args, n_panels)}
     counts = _state(fields, "X")
     return {
         "model_name": class_name,
@@ -151,6 +155,37 @@ def _registry(class_name: str, setup_args: dict[str, Any], fields: dict[str, Any
         "fields": ours,
         "n_cells": int(counts.get("n_obs", 0)),
         "n_features": int(counts.get("n_vars", 0)),
+    }
+
+
+def _modality(fields: dict[str, Any], name: str) -> dict[str, Any]:
+    """The modality that a field is in, where it is in one."""
+    modality = fields[name]["data_registry"].get("mod_key")
+    return {} if modality is None else {"modality": str(modality)}
+
+
+def _matrix(fields: dict[str, Any], name: str) -> dict[str, Any]:
+    """Where a matrix of counts is."""
+    if name not in fields:
+        return {"layer": None}
+    source = fields[name]["data_registry"]
+    layer = source.get("attr_key") if source.get("attr_name") == "layers" else None
+    return {"layer": layer, **_modality(fields, name)}
+
+
+def _proteins(fields: dict[str, Any], setup_args: dict[str, Any], n_panels: int) -> dict[str, Any]:
+    """The proteins, and on which of the panels they were measured."""
+    state, source = _state(fields, "proteins"), fields["proteins"]["data_registry"]
+    names = [str(name) for name in _listed(state["column_names"])]
+    mask = state.get("protein_batch_mask") or {}
+    in_obsm = source.get("attr_name") == "obsm"
+    return {
+        "argument": "protein_expression_obsm_key" if in_obsm else "protein_layer",
+        "key": source["attr_key"] if in_obsm else None,
+        "names_key": setup_args.get("protein_names_uns_key"),
+        "names": names,
+        "measured": [[bool(there) for there in mask.get(str(q), [True] * len(names))] for q in range(n_panels)],
+        **_matrix(fields, "proteins"),
     }
 
 

@@ -7,7 +7,9 @@ FILES = {
     "LinearSCVI": "linear_scvi",
     "CondSCVI": "condscvi",
     "PEAKVI": "peakvi",
+    "MULTIVI": "multivi",
     "SCANVI": "scanvi",
+    "TOTALVI": "totalvi",
     "Model": "base",
 }
 

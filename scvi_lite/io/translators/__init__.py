@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from scvi_lite.io.translators import condscvi, linear_scvi, peakvi, scanvi, scvi
+from scvi_lite.io.translators import condscvi, linear_scvi, multivi, peakvi, scanvi, scvi, totalvi
 from scvi_lite.io.translators.common import Setup
 
 TRANSLATORS: dict[str, Callable[[dict[str, Any], Setup], dict[str, Tensor]]] = {
@@ -15,5 +15,7 @@ TRANSLATORS: dict[str, Callable[[dict[str, Any], Setup], dict[str, Tensor]]] = {
     "LinearSCVI": linear_scvi.translate,
     "CondSCVI": condscvi.translate,
     "PEAKVI": peakvi.translate,
+    "MULTIVI": multivi.translate,
     "SCANVI": scanvi.translate,
+    "TOTALVI": totalvi.translate,
 }

@@ -1,0 +1,184 @@
+"""What a model of RNA and chromatin says about cells that have either, or both (Ashuach et al. 2023).
+
+doi:10.1038/s41592-023-01909-9
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scvi_lite.analysis.expression import as_frame, expected, mean_over, minibatches
+from scvi_lite.analysis.inputs import draw, gene_positions, minibatch_size, to_numpy, whole_number
+from scvi_lite.analysis.latent import positions
+from scvi_lite.errors import unknown
+from scvi_lite.nn.multivi import has
+from scvi_lite.nn.vae import Posterior
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from anndata import AnnData
+    from mudata import MuData
+
+    from scvi_lite.data.batch import Batch
+    from scvi_lite.model.base import Model
+
+    Data = AnnData | MuData
+
+MODALITIES = ("joint", "expression", "accessibility")
+
+
+def get_latent_representation(
+    model: Model,
+    adata: Data | None = None,
+    modality: str = "joint",
+    indices: Any = None,
+    give_mean: bool = True,
+    batch_size: int | None = None,
+    return_dist: bool = False,
+    mc_samples: int = 5000,
+) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+    """Position of each cell in latent space.
+
+    Parameters
+    ----------
+    adata
+        Cells to look at; the model's own by default.
+    modality
+        ``"joint"``: from all that a cell has; ``"expression"`` or ``"accessibility"``: from one alone.
+    indices, give_mean, batch_size, return_dist, mc_samples
+        As in ``get_latent_representation`` of SCVI.
+
+    Returns
+    -------
+    numpy.ndarray or tuple
+        (n, k) float32; with ``return_dist`` the mean and the **variance** of the normal posterior. NaN for cells that
+        lack the modality asked for.
+
+    Raises
+    ------
+    ValueError
+        If the modality does not exist, or ``adata`` does not fit the model.
+    IndexError
+        If ``indices`` has rows that do not exist.
+    """
+    if modality not in MODALITIES:
+        raise ValueError(unknown("modality", modality, MODALITIES))
+    module = model.module
+
+    def one_alone(batch: Batch) -> Posterior:
+        one, other = module.encode_each(batch)
+        q, has_n = (
+            (one, has(batch.x, batch.has_x_n))
+            if modality == "expression"
+            else (other, has(batch.peaks, batch.has_peaks_n))
+        )
+        return replace(q, z_loc_nk=torch.where(has_n[:, None], q.z_loc_nk, torch.nan))
+
+    encode = module.encode if modality == "joint" else one_alone
+    return positions(model, encode, adata, indices, give_mean, mc_samples, batch_size, return_dist)
+
+
+def get_normalized_expression(
+    model: Model,
+    adata: Data | None = None,
+    indices: Any = None,
+    n_samples_overall: int | None = None,
+    transform_batch: Any = None,
+    gene_list: Sequence[str] | None = None,
+    use_z_mean: bool = True,
+    n_samples: int = 1,
+    batch_size: int | None = None,
+    return_mean: bool = False,
+    return_numpy: bool = False,
+    silent: bool = True,
+) -> pd.DataFrame | np.ndarray:
+    """Denoised expression, as proportions; imputed from chromatin for cells without RNA.
+
+    Parameters
+    ----------
+    adata
+        Cells to look at; the model's own by default.
+    indices
+        Row numbers, in any order, or a mask; all cells by default.
+    n_samples_overall
+        Draw so many of the cells at random, with replacement.
+    transform_batch
+        Decode as if from this batch: a name, a code, or a list to average over. By default each cell's own.
+    gene_list
+        Names of genes, which are given in this order; all by default.
+    use_z_mean
+        Decode the posterior mean of each cell; else draw from its posterior.
+    n_samples
+        Draws for each cell, where ``use_z_mean`` is False.
+    batch_size
+        Cells in a minibatch.
+    return_mean
+        Average over ``n_samples``.
+    return_numpy
+        An array instead of a data frame. Results with a dimension of samples are arrays anyway.
+    silent
+        Show no progress.
+
+    Returns
+    -------
+    pandas.DataFrame or numpy.ndarray
+        float32: (n, g); (s, n, g) with several samples that are not averaged. Each cell's genes add up to 1.
+
+    Raises
+    ------
+    ValueError
+        If a gene or a batch is unknown (the nearest is named), or a number is out of range.
+    IndexError
+        If ``indices`` has rows that do not exist.
+    """
+    genes = gene_positions(model, gene_list)
+    codes = model._batch_codes(transform_batch)
+    whole_number(n_samples=n_samples)
+    if n_samples > 1 and use_z_mean:
+        raise ValueError(f"n_samples={n_samples} draws are not needed of a mean: give use_z_mean=False with it.")
+    adata = model._check(adata)
+    rows = model._rows(adata, indices)
+    if n_samples_overall is not None:
+        whole_number(n_samples_overall=n_samples_overall)
+        rows = draw(rows, n_samples_overall)
+    model._warn_if_untrained()
+    n_genes = len(model._gene_names)
+    several = n_samples > 1
+    shape = (len(rows), n_genes if genes is None else len(genes))
+    value = np.empty((n_samples, *shape) if several and not return_mean else shape, dtype=np.float32)
+    out = torch.from_numpy(value)
+    for cells, batch in minibatches(model, adata, rows, minibatch_size(batch_size, n_samples * n_genes), silent):
+        q = model.module.encode(batch)
+        z = q.z_loc_nk if use_z_mean else q.sample_z(n_samples if several else None)
+        mean = mean_over(codes, lambda code: expected(model, z, None, batch, code, genes))  # noqa: B023 (used at once)
+        out[..., cells, :] = mean.mean(0) if several and return_mean else mean
+    return value if return_numpy or value.ndim == 3 else as_frame(model, value, adata, rows, genes)
+
+
+def get_library_size_factors(
+    model: Model, adata: Data | None = None, indices: Any = None, batch_size: int | None = None
+) -> dict[str, np.ndarray]:
+    """Size factors of each cell, (n,) float32 each.
+
+    Returns
+    -------
+    dict
+        ``"expression"``: what the proportions of genes are multiplied by (the exponential of the log library that
+        scvi-tools gives); ``"accessibility"``: the share of a cell's accessible regions that is found open. NaN for
+        cells that lack the modality.
+    """
+    model._warn_if_untrained()
+    module = model.module
+    factors: dict[str, list[Tensor]] = {"expression": [], "accessibility": []}
+    for batch in model._minibatches(adata, indices, batch_size):
+        library_n = module.library(batch, module.encode(batch)).exp()
+        factors["expression"].append(torch.where(has(batch.x, batch.has_x_n), library_n, torch.nan))
+        depth_n = module.depth(batch).sigmoid()
+        factors["accessibility"].append(torch.where(has(batch.peaks, batch.has_peaks_n), depth_n, torch.nan))
+    return {name: to_numpy(parts) for name, parts in factors.items()}

@@ -1,0 +1,435 @@
+"""MultiVI: RNA and chromatin of the same cells, or of different ones (Ashuach et al. 2023).
+
+doi:10.1038/s41592-023-01909-9
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from scvi_lite.analysis import abundance, accessibility, differential, latent, likelihood, multiome
+from scvi_lite.data.batch import Batch
+from scvi_lite.data.fields import Matrix, check_keys, columns_of_obs
+from scvi_lite.data.modalities import read_modalities
+from scvi_lite.data.registry import Registry
+from scvi_lite.errors import as_options
+from scvi_lite.model.base import Model
+from scvi_lite.nn.accessibility import default_sizes
+from scvi_lite.nn.classifier import Adversary
+from scvi_lite.nn.configure import configure
+from scvi_lite.nn.multivi import MultiConfig, MULTIVIModule
+from scvi_lite.train.plan import AdversarialPlan
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from anndata import AnnData
+    from mudata import MuData
+
+    Data = AnnData | MuData
+
+GENES = "Gene Expression"  # how feature types are called in files of 10x Genomics
+KINDS_OF_FEATURES = ("modality", "feature_types")  # columns of var that say so
+
+
+class MULTIVI(Model):
+    """Joint model of expression and accessibility: one latent space, and each modality imputed from the other.
+
+    Parameters
+    ----------
+    adata
+        MuData set up with :meth:`setup_mudata`, or AnnData set up with :meth:`setup_anndata`.
+    n_genes, n_regions
+        Of an AnnData, how many of its variables are genes, which come first, and regions. Not needed where
+        ``adata.var["modality"]``, as :func:`scvi_lite.data.organize_multiome_anndatas` writes it, tells.
+    modality_weights
+        Of the mean of both encoders: ``"equal"``, or learned: ``"universal"`` for one weight of each modality,
+        ``"cell"`` for weights of each cell.
+    modality_penalty
+        On encoders that disagree about a cell: ``"Jeffreys"`` for that divergence, ``"MMD"`` for the maximum mean
+        discrepancy, or ``"None"``.
+    n_hidden
+        Width of the hidden layers; by default the square root of the number of genes or regions, the larger.
+    n_latent
+        Dimensions of the latent space; by default the square root of ``n_hidden``.
+    n_layers_encoder, n_layers_decoder
+        Number of hidden layers.
+    dropout_rate
+        Of the encoders.
+    region_factors
+        Learn a factor of each region; else it is 1.
+    gene_likelihood
+        ``"zinb"``, ``"nb"`` or ``"poisson"``.
+    dispersion
+        ``"gene"``, ``"gene-batch"``, ``"gene-label"`` or ``"gene-cell"``.
+    use_batch_norm, use_layer_norm
+        Where: ``"none"``, ``"encoder"``, ``"decoder"`` or ``"both"``.
+    latent_distribution
+        ``"normal"``, or ``"ln"`` for the logistic normal.
+    deeply_inject_covariates
+        Covariates enter each hidden layer, not only the first.
+    encode_covariates
+        Covariates enter the encoders too.
+    fully_paired
+        As notebooks of scvi-tools say it. Here it changes nothing: what each cell has is read from its data.
+
+    Raises
+    ------
+    RuntimeError
+        If ``adata`` is not set up.
+    TypeError, ValueError
+        If an option does not exist, or a value is out of range.
+
+    References
+    ----------
+    Ashuach, Gabitto, Koodli, Saldi, Jordan, Yosef (2023). MultiVI: deep generative model for the integration of
+    multimodal data. Nature Methods.
+
+    Examples
+    --------
+    >>> import scvi_lite
+    >>> mdata = scvi_lite.data.synthetic_iid(batch_size=50, n_genes=30, n_regions=40, return_mudata=True)
+    >>> where = {"rna_layer": "rna", "atac_layer": "accessibility"}
+    >>> MULTIVI.setup_mudata(mdata, batch_key="batch", modalities=where)
+    >>> model = MULTIVI(mdata, n_latent=4)
+    >>> model.train(max_epochs=1, enable_progress_bar=False)
+    >>> model.get_latent_representation().shape
+    (100, 4)
+    """
+
+    plan = AdversarialPlan(lr=1e-4, weight_decay=1e-3, eps=1e-8, optimizer="AdamW", n_epochs_kl_warmup=50)
+    reads_mudata = True
+
+    get_latent_representation = multiome.get_latent_representation
+    get_aggregated_posterior = latent.get_aggregated_posterior
+    get_elbo = likelihood.get_elbo
+    get_reconstruction_error = likelihood.get_reconstruction_error
+    get_marginal_ll = likelihood.get_marginal_ll
+    get_normalized_expression = multiome.get_normalized_expression
+    get_normalized_accessibility = accessibility.get_normalized_accessibility
+    get_library_size_factors = multiome.get_library_size_factors
+    get_region_factors = accessibility.get_region_factors
+    differential_accessibility = accessibility.differential_accessibility
+    differential_abundance = abundance.differential_abundance
+
+    def __init__(
+        self,
+        adata: Data,
+        n_genes: int | None = None,
+        n_regions: int | None = None,
+        modality_weights: str = "equal",
+        modality_penalty: str | None = "Jeffreys",
+        n_hidden: int | None = None,
+        n_latent: int | None = None,
+        n_layers_encoder: int = 2,
+        n_layers_decoder: int = 2,
+        dropout_rate: float = 0.1,
+        region_factors: bool = True,
+        gene_likelihood: str = "zinb",
+        dispersion: str = "gene",
+        use_batch_norm: str = "none",
+        use_layer_norm: str = "both",
+        latent_distribution: str = "normal",
+        deeply_inject_covariates: bool = False,
+        encode_covariates: bool = False,
+        fully_paired: bool = False,
+    ):
+        given = dict(
+            n_genes=n_genes,
+            n_regions=n_regions,
+            modality_weights=modality_weights,
+            modality_penalty=str(modality_penalty),
+            n_hidden=n_hidden,
+            n_latent=n_latent,
+            n_layers_encoder=n_layers_encoder,
+            n_layers_decoder=n_layers_decoder,
+            dropout_rate=dropout_rate,
+            region_factors=region_factors,
+            gene_likelihood=gene_likelihood,
+            dispersion=dispersion,
+            use_batch_norm=use_batch_norm,
+            use_layer_norm=use_layer_norm,
+            latent_distribution=latent_distribution,
+            deeply_inject_covariates=deeply_inject_covariates,
+            encode_covariates=encode_covariates,
+            fully_paired=fully_paired,
+        )
+        super().__init__(adata, given)
+
+    def _build(self, adata: Data, registry: Registry, arguments: dict[str, Any]) -> None:
+        if "peaks" not in registry.fields:
+            registry = with_regions(registry, count_genes(adata, arguments["n_genes"], arguments["n_regions"]))
+        super()._build(adata, registry, arguments)
+
+    def _make_module(self, arguments: dict[str, Any]) -> MULTIVIModule:
+        options = {name: value for name, value in arguments.items() if name not in NOT_OF_THE_NETWORK}
+        n_genes, n_regions = len(self._gene_names), len(self._region_names)
+        options["n_hidden"], options["n_latent"] = default_sizes(
+            arguments["n_hidden"], arguments["n_latent"], max(n_genes, n_regions)
+        )
+        options |= {"n_layers": arguments["n_layers_encoder"], "n_regions": n_regions}
+        config = configure(self.registry, options | {"n_cells": self.registry.n_cells}, MultiConfig)
+        return MULTIVIModule(replace(config, n_genes=n_genes))
+
+    def _minibatches(self, adata: Any = None, indices: Any = None, batch_size: int | None = None) -> Iterator[Batch]:
+        for batch in super()._minibatches(adata, indices, batch_size):
+            is_own = adata is None or adata is self._adata
+            yield batch if is_own else replace(batch, row_n=torch.full_like(batch.row_n, -1))
+
+    _region_field = "peaks"
+
+    @property
+    def _gene_names(self) -> list[str]:
+        return self._names_of("x")
+
+    @property
+    def _region_names(self) -> list[str]:
+        return self._names_of("peaks")
+
+    def _names_of(self, field: str) -> list[str]:
+        if field in self.registry.modalities:
+            return self._var_names[self.registry.modalities[field]]
+        return self._var_names[slice(*self.registry.fields[field]["columns"])]
+
+    def train(
+        self,
+        max_epochs: int = 500,
+        lr: float = 1e-4,
+        accelerator: str = "auto",
+        devices: int | list[int] | str = "auto",
+        train_size: float | None = None,
+        validation_size: float | None = None,
+        shuffle_set_split: bool = True,
+        batch_size: int = 128,
+        weight_decay: float = 1e-3,
+        eps: float = 1e-8,
+        early_stopping: bool = True,
+        early_stopping_patience: int = 50,
+        n_steps_kl_warmup: int | None = None,
+        n_epochs_kl_warmup: int | None = 50,
+        adversarial_mixing: bool = True,
+        datasplitter_kwargs: Mapping[str, Any] | None = None,
+        plan_kwargs: Mapping[str, Any] | None = None,
+        strategy: Any = "auto",
+        **trainer_kwargs: Any,
+    ) -> None:
+        """Train the model: as :meth:`scvi_lite.model.SCVI.train`, with AdamW and other defaults.
+
+        Parameters
+        ----------
+        max_epochs
+            Passes over the training cells.
+        lr, weight_decay, eps, n_steps_kl_warmup, n_epochs_kl_warmup
+            Options of ``plan_kwargs``, which counts where both are given.
+        early_stopping, early_stopping_patience
+            Stop when ``early_stopping_monitor`` (``"elbo_validation"``) has not improved for so many epochs.
+        adversarial_mixing
+            Train a classifier of batches along with the model, which is to fool it: so that batches mix in latent
+            space. Where cells have different modalities, name that as the batch.
+        plan_kwargs
+            See :class:`~scvi_lite.train.plan.AdversarialPlan`.
+        accelerator, devices, train_size, validation_size, shuffle_set_split, batch_size, datasplitter_kwargs, strategy
+            As for every model.
+        **trainer_kwargs
+            Every other option of ``lightning.Trainer``, and those of every model.
+        """
+        from scvi_lite.model.training import fit_model
+
+        named = dict(
+            lr=lr,
+            weight_decay=weight_decay,
+            eps=eps,
+            n_steps_kl_warmup=n_steps_kl_warmup,
+            n_epochs_kl_warmup=n_epochs_kl_warmup,
+        )
+        n_batches = self.registry.n_batches
+        mixes = adversarial_mixing and n_batches > 1
+        fit_model(
+            self,
+            max_epochs=max_epochs,
+            accelerator=accelerator,
+            devices=devices,
+            train_size=train_size,
+            validation_size=validation_size,
+            shuffle_set_split=shuffle_set_split,
+            batch_size=batch_size,
+            early_stopping=early_stopping,
+            early_stopping_patience=early_stopping_patience,
+            datasplitter_kwargs=datasplitter_kwargs,
+            plan_kwargs=named | as_options("plan_kwargs", plan_kwargs),
+            strategy=strategy,
+            adversary=Adversary(self.module.config.n_latent, n_batches) if mixes else None,
+            **trainer_kwargs,
+        )
+
+    def differential_expression(
+        self,
+        adata: Data | None = None,
+        groupby: str | None = None,
+        group1: str | Sequence[str] | None = None,
+        group2: str | None = None,
+        idx1: Any = None,
+        idx2: Any = None,
+        mode: str = "change",
+        delta: float | None = 0.25,
+        batch_size: int | None = None,
+        all_stats: bool = True,
+        batch_correction: bool = False,
+        batchid1: Sequence[str] | None = None,
+        batchid2: Sequence[str] | None = None,
+        fdr_target: float | Sequence[float] = 0.05,
+        silent: bool = False,
+        pseudocounts: float | None = 1e-6,
+        **options: Any,
+    ) -> pd.DataFrame:
+        """Which genes differ between populations of cells: as ``differential_expression`` of SCVI, with other defaults.
+
+        Statistics of the counts leave out the cells without RNA; the model's statements do not.
+        """
+        return differential.differential_expression(
+            self, adata, groupby, group1, group2, idx1, idx2, mode, delta, batch_size, all_stats, batch_correction,
+            batchid1, batchid2, fdr_target, silent, pseudocounts=pseudocounts, **options,
+        )  # fmt: skip
+
+    @classmethod
+    def setup_anndata(
+        cls,
+        adata: AnnData,
+        layer: str | None = None,
+        batch_key: str | None = None,
+        size_factor_key: str | None = None,
+        categorical_covariate_keys: Sequence[str] | None = None,
+        continuous_covariate_keys: Sequence[str] | None = None,
+        labels_key: str | None = None,
+    ) -> None:
+        """Check the data and note what the model reads from them, in ``adata.uns["scvi_lite"]``.
+
+        Parameters
+        ----------
+        adata
+            Cells × genes and regions, the genes first: :func:`scvi_lite.data.organize_multiome_anndatas` makes it from
+            up to three AnnDatas. A cell without any count of genes, or of regions, was not measured for them.
+        layer
+            Layer that holds the counts; ``adata.X`` by default.
+        batch_key, labels_key
+            Columns of ``adata.obs``: the batch to correct for, and the cell type (for gene-label dispersion).
+        size_factor_key
+            Column of positive factors to use instead of the library size of genes.
+        categorical_covariate_keys, continuous_covariate_keys
+            Columns of further covariates to correct for.
+
+        Raises
+        ------
+        KeyError
+            If a column or layer does not exist.
+        ValueError
+            If counts are negative, NaN or infinite, values are missing, or names repeat.
+        """
+        given = dict(
+            layer=layer,
+            batch_key=batch_key,
+            size_factor_key=size_factor_key,
+            categorical_covariate_keys=check_keys("categorical_covariate_keys", categorical_covariate_keys),
+            continuous_covariate_keys=check_keys("continuous_covariate_keys", continuous_covariate_keys),
+            labels_key=labels_key,
+        )
+        cls._register(adata, [Matrix("x", layer), *columns_of_obs(given)], given)
+
+    @classmethod
+    def setup_mudata(
+        cls,
+        mdata: MuData,
+        rna_layer: str | None = None,
+        atac_layer: str | None = None,
+        batch_key: str | None = None,
+        size_factor_key: str | None = None,
+        categorical_covariate_keys: Sequence[str] | None = None,
+        continuous_covariate_keys: Sequence[str] | None = None,
+        modalities: Mapping[str, str | None] | None = None,
+        labels_key: str | None = None,
+    ) -> None:
+        """Check the data and note what the model reads from them, in ``mdata.uns["scvi_lite"]``.
+
+        Cells are matched by name, whatever their order in each modality. A cell that a modality does not have, or
+        that has no count there, was not measured for it.
+
+        Parameters
+        ----------
+        mdata
+            RNA and chromatin as two modalities, whose cells may overlap in part, or not at all.
+        rna_layer, atac_layer
+            Layers that hold the counts; ``X`` by default.
+        modalities
+            In which modality to find what each argument names:
+            ``{"rna_layer": "rna", "atac_layer": "atac", "batch_key": "rna"}``. The first two are needed; columns are
+            looked for in ``mdata.obs`` by default.
+        batch_key, labels_key, size_factor_key, categorical_covariate_keys, continuous_covariate_keys
+            Columns, as in :meth:`setup_anndata`.
+
+        Raises
+        ------
+        TypeError
+            If it is no MuData.
+        KeyError
+            If a modality, a column or a layer does not exist.
+        ValueError
+            If counts are negative, NaN or infinite, values are missing or disagree, or names repeat.
+        """
+        given = dict(
+            rna_layer=rna_layer,
+            atac_layer=atac_layer,
+            batch_key=batch_key,
+            size_factor_key=size_factor_key,
+            categorical_covariate_keys=check_keys("categorical_covariate_keys", categorical_covariate_keys),
+            continuous_covariate_keys=check_keys("continuous_covariate_keys", continuous_covariate_keys),
+            labels_key=labels_key,
+        )
+        where = read_modalities(mdata, modalities, given, needed=("rna_layer", "atac_layer"))
+        peaks = Matrix("peaks", atac_layer, modality=where["atac_layer"])
+        matrices = [Matrix("x", rna_layer, modality=where["rna_layer"]), peaks]
+        cls._register(mdata, [*matrices, *columns_of_obs(given, where)], given | {"modalities": where})
+        accessibility.note_counts(peaks.read(mdata, peaks.state(layer=atac_layer)))
+
+
+NOT_OF_THE_NETWORK = ("n_genes", "n_regions", "n_hidden", "n_latent", "n_layers_encoder", "fully_paired", "protein_dispersion")
+
+
+def count_genes(adata: AnnData, n_genes: int | None, n_regions: int | None) -> int:
+    """How many of the first variables are genes.
+
+    Raises
+    ------
+    ValueError
+        If the numbers do not fit the data, or nothing tells.
+    """
+    if n_genes is None and n_regions is None:
+        for column in KINDS_OF_FEATURES:
+            if column in adata.var and (adata.var[column] == GENES).any():
+                is_gene = (adata.var[column] == GENES).to_numpy()
+                if not is_gene[: is_gene.sum()].all():
+                    raise ValueError(
+                        f"adata.var[{column!r}]: genes and regions are mixed, and genes must come first. Call "
+                        "adata = scvi_lite.data.organize_multiome_anndatas(adata) first."
+                    )
+                n_genes = int(is_gene.sum())
+                break
+        else:
+            raise ValueError(
+                "Which variables are genes? Give MULTIVI(adata, n_genes=..., n_regions=...), of which genes come "
+                f'first, or write {GENES!r} or "Peaks" in adata.var["modality"].'
+            )
+    n_genes = adata.n_vars - n_regions if n_genes is None else n_genes
+    n_regions = adata.n_vars - n_genes if n_regions is None else n_regions
+    if n_genes < 1 or n_regions < 1 or n_genes + n_regions != adata.n_vars:
+        raise ValueError(f"n_genes={n_genes} and n_regions={n_regions} do not add up to the {adata.n_vars} variables.")
+    return int(n_genes)
+
+
+def with_regions(registry: Registry, n_genes: int) -> Registry:
+    """The setup of one matrix of genes and regions as a setup of two."""
+    x = registry.fields["x"]
+    peaks = {"peaks": x | {"columns": [n_genes, registry.n_features]}}
+    return replace(registry, fields=registry.fields | {"x": x | {"columns": [0, n_genes]}} | peaks)

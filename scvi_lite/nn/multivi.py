@@ -1,0 +1,208 @@
+"""The network of MultiVI (Ashuach et al. 2023, doi:10.1038/s41592-023-01909-9)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import leaky_relu
+
+from scvi_lite.data.batch import Batch, Counts
+from scvi_lite.errors import unknown
+from scvi_lite.nn.accessibility import Accessibility, Head
+from scvi_lite.nn.layers import Encoder
+from scvi_lite.nn.module import Loss
+from scvi_lite.nn.normal import kl_normal
+from scvi_lite.nn.vae import VAE, CountVAE, Decoder, Posterior, VAEConfig
+
+CHOICES = {"modality_weights": ("equal", "universal", "cell"), "modality_penalty": ("Jeffreys", "MMD", "None")}
+WIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the kernels of the MMD, in the units of the prior of z
+NEVER = -1e9  # logit of a modality that a cell lacks
+SMALLEST = 1e-12
+
+
+@dataclass(frozen=True)
+class MultiConfig(VAEConfig):
+    """Sizes and options of a :class:`MULTIVIModule`; ``n_layers`` is of the encoders."""
+
+    n_regions: int = 1
+    n_cells: int = 1
+    n_layers_decoder: int = 2
+    region_factors: bool = True
+    modality_weights: str = "equal"
+    modality_penalty: str = "Jeffreys"
+    model_depth: bool = True
+
+    sizes: ClassVar[tuple[str, ...]] = (*VAEConfig.sizes, "n_layers_decoder")
+    switches: ClassVar[tuple[str, ...]] = (*VAEConfig.switches, "region_factors")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(unknown(name, getattr(self, name), choices))
+
+
+class MULTIVIModule(VAE):
+    """Generative model: z ~ N(0, I), genes as in scVI, regions as in PeakVI; a cell has one kind of data, or both.
+
+    Each kind has an encoder. The posterior of a cell with both is a weighted mean of theirs, with weights w that sum to
+    one over the kinds it has: location Σ w μ and variance Σ √w σ².
+    """
+
+    def __init__(self, config: MultiConfig):
+        super().__init__(config)
+        c = config
+        self.encoder_expression = self._encoder(c.n_genes)
+        self.encoder_accessibility = self._encoder(c.n_regions)
+        if not c.use_size_factor:
+            self.library_encoder = self._head(c.n_genes, "encoder", c.n_layers, 1)
+        self.depth_encoder = self._head(c.n_regions, "encoder", c.n_layers, 1)
+        self.decoder = Decoder(c, self.make_hidden(c.n_latent, "decoder", c.n_layers_decoder))
+        self.decoder_accessibility = self._head(c.n_latent, "decoder", c.n_layers_decoder, c.n_regions)
+        self.factor_r = nn.Parameter(torch.zeros(c.n_regions)) if c.region_factors else None
+        if c.gene_likelihood != "poisson" and c.dispersion != "gene-cell":
+            rows = {"gene": (), "gene-batch": (c.n_batches,), "gene-label": (c.n_labels,)}[c.dispersion]
+            self.log_theta = nn.Parameter(torch.randn(*rows, c.n_genes))
+        if c.modality_weights != "equal":
+            self.weight_logit = nn.Parameter(torch.zeros(*((c.n_cells,) if c.modality_weights == "cell" else ()), 2))
+
+    def _encoder(self, n_in: int) -> Encoder:
+        c = self.config
+        hidden = self.make_hidden(n_in, "encoder", c.n_layers, c.dropout_rate, leaky_relu)
+        return Encoder(hidden, c.n_hidden, c.n_latent, floor=0.0)
+
+    def _head(self, n_in: int, side: str, n_layers: int, n_out: int) -> Head:
+        return Head(self.make_hidden(n_in, side, n_layers, activation=leaky_relu), self.config.n_hidden, n_out)
+
+    # Posterior --------------------------------------------------------------------------------------------------------
+
+    def encode_each(self, batch: Batch) -> tuple[Posterior, Posterior]:
+        """What expression alone, and accessibility alone, say of z."""
+        covariates = self.encoded_covariates(batch)
+        return (
+            Posterior(*self.encoder_expression(batch.x, *covariates)),
+            Posterior(*self.encoder_accessibility(batch.peaks, *covariates)),
+        )
+
+    def encode(self, batch: Batch) -> Posterior:
+        """The joint posterior; that of a cell without data is the prior."""
+        return self._mix(self.encode_each(batch), batch)
+
+    def _mix(self, parts: tuple[Posterior, Posterior], batch: Batch) -> Posterior:
+        weight_n2 = self.weights(batch)
+        loc_2nk = torch.stack([part.z_loc_nk for part in parts])
+        variance_2nk = torch.stack([part.z_scale_nk**2 for part in parts])
+        root_n2 = torch.where(weight_n2 > SMALLEST, weight_n2.clamp(min=SMALLEST).sqrt(), 0.0)
+        loc_nk = torch.einsum("nm,mnk->nk", weight_n2, loc_2nk)
+        variance_nk = torch.einsum("nm,mnk->nk", root_n2, variance_2nk)
+        nothing_n1 = (weight_n2.sum(1) < 0.5)[:, None]
+        return Posterior(loc_nk, torch.where(nothing_n1, 1.0, variance_nk).sqrt())
+
+    def weights(self, batch: Batch) -> Tensor:
+        """Share of each modality in the posterior of each cell, (n, 2); zeros for a cell without data."""
+        has_n2 = torch.stack([has(batch.x, batch.has_x_n), has(batch.peaks, batch.has_peaks_n)], dim=1)
+        kind = self.config.modality_weights
+        if kind == "equal":
+            logit = torch.zeros(2, device=has_n2.device)
+        elif kind == "universal":
+            logit = self.weight_logit
+        else:  # a cell that was not there in training has no weights of its own, and row -1
+            own = self.weight_logit[batch.row_n.clamp(min=0)]
+            logit = torch.where((batch.row_n >= 0)[:, None], own, self.weight_logit.mean(0))
+        return torch.where(has_n2, logit, NEVER).softmax(-1) * has_n2
+
+    # Likelihood -------------------------------------------------------------------------------------------------------
+
+    decode = CountVAE.decode  #: genes, as Rates
+
+    def decode_regions(self, z: Tensor, depth_n: Tensor | None, batch: Batch) -> Accessibility:
+        """The probabilities of regions at latent ``z`` (..., n, k) and the logit of the depth (..., n)."""
+        logit_nr = self.decoder_accessibility(self.to_latent(z), *self.covariates(batch))
+        return Accessibility(logit_nr, depth_n, self.factor_r)
+
+    def library(self, batch: Batch, posterior: Posterior) -> Tensor:
+        """The log library (n,): learned from expression, or given as size factor."""
+        if self.config.use_size_factor:
+            return batch.size_factor_n.log()
+        return leaky_relu(self.library_encoder(batch.x, *self.encoded_covariates(batch))[:, 0])
+
+    def depth(self, batch: Batch) -> Tensor:
+        """Logit of the depth of each cell (n,)."""
+        return self.depth_encoder(batch.peaks, *self.encoded_covariates(batch))[:, 0]
+
+    def kl_library(self, batch: Batch, posterior: Posterior) -> Tensor:
+        """Zero: the library is no latent variable."""
+        return batch.total_n.new_zeros(batch.n_cells)
+
+    def reconstruction(self, z: Tensor, library: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Negative log-likelihood of each modality (..., n), zero where a cell lacks it."""
+        expression = self.decode(z, library, batch).log_likelihood(batch.x)
+        accessibility = self.decode_regions(z, self.depth(batch), batch).log_likelihood(batch.peaks)
+        return {
+            "reconstruction_loss_expression": -torch.where(has(batch.x, batch.has_x_n), expression, 0.0),
+            "reconstruction_loss_accessibility": -torch.where(has(batch.peaks, batch.has_peaks_n), accessibility, 0.0),
+        }
+
+    # Loss -------------------------------------------------------------------------------------------------------------
+
+    @property
+    def extra_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The penalty on modalities that disagree, beside the evidence lower bound."""
+        return {"modality_penalty": ()}
+
+    def loss(self, batch: Batch, kl_weight: float | Tensor = 1.0) -> Loss:
+        """Mean over cells of reconstruction + kl_weight · KL(z), the negative evidence lower bound, + penalty."""
+        parts = self.encode_each(batch)
+        q = self._mix(parts, batch)
+        z_nk = q.sample_z()
+        reconstruction_n = sum(self.reconstruction(z_nk, self.library(batch, q), batch).values())
+        kl_n = self.kl_z(q, batch)
+        penalty_n = self.penalty(parts, batch)
+        total = (reconstruction_n + kl_weight * kl_n + penalty_n).mean()
+        extra = {"modality_penalty": penalty_n.sum()}
+        return Loss(total, reconstruction_n.sum(), kl_n.sum(), batch.n_cells, extra, z_nk)
+
+    def penalty(self, parts: tuple[Posterior, Posterior], batch: Batch) -> Tensor:
+        """How far the modalities disagree in cells that have both, (n,)."""
+        one, other = parts
+        both_n = has(batch.x, batch.has_x_n) & has(batch.peaks, batch.has_peaks_n)
+        if self.config.modality_penalty == "Jeffreys":
+            return torch.where(both_n, jeffreys(one, other), 0.0)
+        if self.config.modality_penalty == "MMD":
+            return torch.where(both_n, mmd(one.sample_z(), other.sample_z(), both_n.to(one.z_loc_nk.dtype)), 0.0)
+        return torch.zeros_like(one.z_loc_nk[:, 0])
+
+
+def has(counts: Counts, given_n: Tensor | None) -> Tensor:
+    """Which cells have data of a kind, (n,) bool: some count, and not a row of zeros for want of data."""
+    some_n = counts.start.diff() > 0
+    return some_n if given_n is None else some_n & given_n
+
+
+def jeffreys(one: Posterior, other: Posterior) -> Tensor:
+    """Jeffreys divergence of two normals, KL in both directions, (n,)."""
+    there = kl_normal(one.z_loc_nk, one.z_scale_nk, other.z_loc_nk, other.z_scale_nk**2)
+    back = kl_normal(other.z_loc_nk, other.z_scale_nk, one.z_loc_nk, one.z_scale_nk**2)
+    return (there + back).sum(-1)
+
+
+def mmd(x_nk: Tensor, y_nk: Tensor, weight_n: Tensor) -> Tensor:
+    """Squared maximum mean discrepancy of weighted samples, a scalar (Gretton et al. 2012, JMLR 13).
+
+    The mean over Gaussian kernels of several widths.
+
+    >>> x = torch.zeros(4, 2)
+    >>> mmd(x, x, torch.ones(4))
+    tensor(0.)
+    """
+    weight_n = weight_n / weight_n.sum().clamp(min=1)
+
+    def mean_kernel(a_nk: Tensor, b_nk: Tensor) -> Tensor:
+        squared_nn = (a_nk**2).sum(1)[:, None] + (b_nk**2).sum(1) - 2 * a_nk @ b_nk.t()
+        kernel_nn = sum(torch.exp(-squared_nn.clamp(min=0) / (2 * width**2)) for width in WIDTHS) / len(WIDTHS)
+        return weight_n @ kernel_nn @ weight_n
+
+    return mean_kernel(x_nk, x_nk) + mean_kernel(y_nk, y_nk) - 2 * mean_kernel(x_nk, y_nk)
