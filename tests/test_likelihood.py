@@ -55,6 +55,9 @@ class LinearModel:
     def decode(self, z, library_n, batch):
         return Gaussian(z @ self.w_kg)
 
+    def log_joint(self, z, library_n, batch):
+        return self.decode(z, library_n, batch).log_likelihood(batch.x)
+
     def _check(self, adata):
         return adata
 

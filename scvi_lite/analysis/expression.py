@@ -151,6 +151,9 @@ def _per_cell(
         q = model.module.encode(batch)
         z = q.sample_z(n_samples if several else None)
         library_n = log_library(model, batch, q, library_size, n_samples if several else None)
+        if len(codes) == 1 and not several:
+            expected(model, z, library_n, batch, codes[0], genes, out[cells])
+            continue
         mean = mean_over(codes, lambda code: expected(model, z, library_n, batch, code, genes))  # noqa: B023 (used at once)
         out[..., cells, :] = mean.mean(0) if several and return_mean else mean
     return value
@@ -179,7 +182,8 @@ def decode_draws(
     value = np.empty((len(rows), n_features if genes is None else len(genes)), dtype=np.float32)
     out = torch.from_numpy(value)
     size = minibatch_size(batch_size, n_features)
-    for cells, batch in minibatches(model, adata, rows, size):
+    with_counts = value_of is not expected or library_size == "latent"
+    for cells, batch in minibatches(model, adata, rows, size, with_counts=with_counts):
         z_nk = z_sk[cells].to(model.device)
         library_n = log_library(model, batch, None, library_size)
         if each_in_turn and None not in codes:
@@ -192,13 +196,30 @@ def decode_draws(
 
 
 def expected(
-    model: Model, z: Tensor, log_library: Tensor | None, batch: Batch, code: int | None, genes: np.ndarray | None
+    model: Model,
+    z: Tensor,
+    log_library: Tensor | None,
+    batch: Batch,
+    code: int | None,
+    genes: np.ndarray | None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Expected expression (..., n, g) of a minibatch, decoded as from one batch; proportions if there is no library."""
+    """Expected expression (..., n, g) of a minibatch, decoded as from one batch; proportions if there is no library.
+
+    Written to ``out`` if that is given.
+    """
     batch = batch if code is None else batch.with_batch(code)
     library_n = batch.total_n.new_zeros(batch.n_cells) if log_library is None else log_library
     rates = select_genes(model.module.decode(z, library_n, batch, mean_only=True), genes)
-    return rates.scale_ng if log_library is None and genes is None else rates.mu_ng
+    as_proportions = log_library is None and genes is None
+    if out is not None and as_proportions and rates.proportions and _alike(out, rates.logit_ng):
+        return torch.softmax(rates.logit_ng, -1, out=out)  # without a copy in between
+    value = rates.scale_ng if as_proportions else rates.mu_ng
+    return value if out is None else out.copy_(value)
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return (a.device, a.dtype) == (b.device, b.dtype)
 
 
 def select_genes(rates: Rates, genes: np.ndarray | None) -> Rates:
@@ -237,6 +258,7 @@ def mean_over(codes: Sequence[int | None], value_of: Any) -> Tensor:
 
 
 def check_library_size(library_size: float | str) -> None:
+    """Refuse what is neither a positive number nor ``"latent"``."""
     if isinstance(library_size, str) and library_size != "latent":
         raise ValueError(unknown("library_size", library_size, ["latent"], "a positive number or 'latent'"))
     if not isinstance(library_size, str) and not (isinstance(library_size, Real) and 0 < library_size < math.inf):
@@ -249,14 +271,14 @@ def _cells(model: Model, adata: AnnData | None, indices: Any) -> tuple[AnnData, 
 
 
 def minibatches(
-    model: Model, adata: AnnData, rows: np.ndarray, size: int, silent: bool = True
+    model: Model, adata: AnnData, rows: np.ndarray, size: int, silent: bool = True, with_counts: bool = True
 ) -> Iterator[tuple[slice, Batch]]:
     """Minibatches, and where their cells are among the rows."""
     from tqdm.auto import tqdm
 
     start = 0
     with tqdm(total=len(rows), disable=silent, unit="cell") as bar:
-        for batch in model._minibatches(adata, rows, size):
+        for batch in model._minibatches(adata, rows, size, with_counts):
             yield slice(start, start + batch.n_cells), batch
             start += batch.n_cells
             bar.update(batch.n_cells)

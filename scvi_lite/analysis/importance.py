@@ -143,7 +143,7 @@ def _log_explained(model: Model, adata: AnnData, rows: np.ndarray, z_sk: Tensor,
         log_ratio_s = []
         for some_sk in z_sk.to(model.device).split(per_pass):
             z_snk = some_sk[:, None, :].expand(-1, batch.n_cells, -1)
-            log_p_sn = model.module.decode(z_snk, library_n, batch).log_likelihood(batch.x)
+            log_p_sn = model.module.log_joint(z_snk, library_n, batch)
             log_ratio_s.append((log_p_sn - evidence_n[done : done + batch.n_cells]).double().logsumexp(1).cpu())
         total_s = torch.logaddexp(total_s, torch.cat(log_ratio_s))
         done += batch.n_cells

@@ -70,9 +70,10 @@ def get_elbo(
     needs_counts(model, "get_elbo")
     elbo: list[Tensor] = []
     for batch in model._minibatches(adata, indices, batch_size):
-        q = model.module.encode(batch)
-        kl_n = model.module.kl_z(q, batch) + model.module.kl_library(batch, q)
-        elbo.append(_log_likelihood(model, batch, q) - kl_n)
+        module = model.module
+        q, z_nk, library_n = _draw(model, batch)
+        kl_n = module.kl_z(q, batch) + module.kl_library(batch, q) + module.kl_given_z(z_nk, batch)
+        elbo.append(-sum(module.reconstruction(z_nk, library_n, batch).values()) - kl_n)
     return _join(elbo, return_mean)
 
 
@@ -90,14 +91,16 @@ def get_reconstruction_error(
     Returns
     -------
     dict
-        ``"reconstruction_loss"``: a scalar tensor, or (n,). On the CPU.
+        ``"reconstruction_loss"``, or one entry for each kind of data: a scalar tensor, or (n,). On the CPU.
     """
     model._warn_if_untrained()
     needs_counts(model, "get_reconstruction_error")
-    error: list[Tensor] = []
+    errors: dict[str, list[Tensor]] = {}
     for batch in model._minibatches(adata, indices, batch_size):
-        error.append(-_log_likelihood(model, batch, model.module.encode(batch)))
-    return {"reconstruction_loss": _join(error, return_mean)}
+        _, z_nk, library_n = _draw(model, batch)
+        for name, error_n in model.module.reconstruction(z_nk, library_n, batch).items():
+            errors.setdefault(name, []).append(error_n)
+    return {name: _join(error, return_mean) for name, error in errors.items()}
 
 
 def get_marginal_ll(
@@ -169,7 +172,7 @@ def _log_weights(model: Model, batch: Batch, q: Posterior, n_samples: int) -> Te
         prior_scale_n = model.module.library_prior_var[batch.batch_n].sqrt()
         log_w_sn = log_w_sn + log_normal(library, prior_loc_n, prior_scale_n)
         log_w_sn = log_w_sn - log_normal(library, q.library_loc_n, q.library_scale_n)
-    return log_w_sn + model.module.decode(z_snk, library, batch).log_likelihood(batch.x)
+    return log_w_sn + model.module.log_joint(z_snk, library, batch)
 
 
 def log_normal(x: Tensor, loc: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
@@ -183,10 +186,10 @@ def log_normal(x: Tensor, loc: Tensor | None = None, scale: Tensor | None = None
     return -0.5 * (((x - loc) / scale) ** 2 + math.log(2 * math.pi)) - scale.log()
 
 
-def _log_likelihood(model: Model, batch: Batch, q: Posterior) -> Tensor:
-    """log p(x | z, l) at one draw from the posterior, (n,)."""
-    library_n = model.module.library(batch, q) if q.library_loc_n is None else q.sample_library()
-    return model.module.decode(q.sample_z(), library_n, batch).log_likelihood(batch.x)
+def _draw(model: Model, batch: Batch) -> tuple[Posterior, Tensor, Tensor | None]:
+    """The posterior of each cell, and a draw from it: z (n, k) and log library (n,)."""
+    q = model.module.encode(batch)
+    return q, q.sample_z(), model.module.library(batch, q) if q.library_loc_n is None else q.sample_library()
 
 
 def _join(parts: list[Tensor], return_mean: bool) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pandas as pd
 from scipy import sparse
 
 from scvi_lite.data.checks import check_counts
-from scvi_lite.data.fields import Field, Matrix
+from scvi_lite.data.fields import Categorical, Field, Matrix
 from scvi_lite.data.modalities import name_of, part_of, place_of
 from scvi_lite.errors import UnknownKeyError, listing, unknown
 
@@ -19,12 +20,31 @@ if TYPE_CHECKING:
 
     Data = AnnData | MuData
 
+logger = logging.getLogger("scvi_lite")
+
 
 class Proteins(Field):
-    """Counts of proteins (n, p): a matrix of ``obsm``, or the variables of a modality. Columns are found by name."""
+    """Counts of proteins (n, p): a matrix of ``obsm``, or the variables of a modality. Columns are found by name.
+
+    Parameters
+    ----------
+    key, names_key
+        Keys of ``obsm``, and of ``uns`` where the names of the columns are, if these have none.
+    layer, modality
+        Where the counts are in a MuData.
+    panels
+        The batches or panels: a protein that is zero in all cells of one was not measured there.
+    """
 
     kind = "proteins"
-    parts = {"argument": str, "key": str | None, "layer": str | None, "names_key": str | None, "names": list}
+    parts = {
+        "argument": str,
+        "key": str | None,
+        "layer": str | None,
+        "names_key": str | None,
+        "names": list,
+        "measured": list,
+    }
     has_features = True
 
     def __init__(
@@ -34,8 +54,10 @@ class Proteins(Field):
         names_key: str | None = None,
         layer: str | None = None,
         modality: str | None = None,
+        panels: Categorical | None = None,
     ):
         super().__init__(name, modality)
+        self.panels = panels
         self.argument = "protein_layer" if key is None else "protein_expression_obsm_key"
         self.key, self.names_key, self.layer = key, names_key, layer
 
@@ -51,7 +73,24 @@ class Proteins(Field):
             raise ValueError(f"{self.argument}: the names of proteins repeat: {listing(repeated)}. Give each its own.")
         state["names"] = names
         self.check(adata, state)
+        state["measured"] = self._measured(adata, self.read(adata, state), names)
         return state
+
+    def _measured(self, adata: Data, values_np: np.ndarray, names: list[str]) -> list[list[bool]]:
+        """Of each panel, which proteins have counts."""
+        panel_n, panels = np.zeros(len(values_np), np.int64), ["the data"]
+        if self.panels is not None:
+            state = self.panels.register(adata)
+            panel_n, panels = self.panels.read(adata, state), state["categories"]
+        measured_qp = np.stack([(values_np[panel_n == q] > 0).any(0) for q in range(len(panels))])
+        if not measured_qp.any():
+            raise ValueError(f"{self.argument}: all counts of proteins are zero.")
+        for panel, measured_p in zip(panels, measured_qp):
+            missing = [name for name, there in zip(names, measured_p) if not there]
+            if missing:
+                which = "all proteins" if len(missing) == len(names) else listing(missing)
+                logger.info(f"{which} have no counts in {panel!r}, and count as not measured there.")
+        return measured_qp.tolist()
 
     @classmethod
     def _matrix(cls, adata: Data, state: dict[str, Any]) -> Any:

@@ -63,6 +63,27 @@ def zinb_log_prob(x: Tensor, log_mu: Tensor, log_theta: Tensor, dropout_logit: T
     return torch.where(x == 0, zero, nb - softplus(dropout_logit))
 
 
+def nb_mixture_log_prob(x: Tensor, log_mu1: Tensor, log_mu2: Tensor, log_theta: Tensor, logit: Tensor) -> Tensor:
+    """Log-probability of counts ``x`` under a mixture of two negative binomials of the same inverse dispersion.
+
+    The first, with mean ``exp(log_mu1)``, has probability S(pi), S the sigmoid and pi the ``logit``. What
+    :func:`nb_log_prob` says of both alike stands outside of the sum::
+
+        log(S(pi) exp(x (log mu1 - s1) - theta s1) + S(-pi) exp(x (log mu2 - s2) - theta s2)) + ...
+
+    TOTALVI's model of proteins: Gayoso et al., Nature Methods 18, 272 (2021).
+
+    >>> zero = torch.tensor(0.0)
+    >>> nb_mixture_log_prob(zero, zero, zero, zero, zero).exp()
+    tensor(0.5000)
+    """
+    theta, log_theta = safe_theta(log_theta), log_theta.clamp(*LOG_THETA_RANGE)
+    s1, s2 = softplus(log_mu1 - log_theta), softplus(log_mu2 - log_theta)
+    first = x * (log_mu1 - s1) - theta * s1 - softplus(-logit)
+    second = x * (log_mu2 - s2) - theta * s2 - softplus(logit)
+    return torch.logaddexp(first, second) + log_rising(x, theta) - torch.lgamma(x + 1)
+
+
 def normal_log_prob(x: Tensor, mu: Tensor, scale: Tensor) -> Tensor:
     """Log-density of ``x`` under a normal with mean ``mu`` and standard deviation ``scale``.
 

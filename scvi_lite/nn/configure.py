@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     from scvi_lite.data.registry import Registry
 
 Config = TypeVar("Config", bound=VAEConfig)
-FROM_DATA = ("n_genes", "n_batches", "n_labels", "n_cats", "n_conts", "use_size_factor")
+FROM_DATA = (
+    "n_genes", "n_batches", "n_labels", "n_cats", "n_conts", "use_size_factor", "n_proteins", "n_panels",
+)  # fmt: skip
 
 
-def configure(registry: Registry, arguments: Mapping[str, Any], kind: type[Config] = VAEConfig) -> Config:
-    """The network's configuration: sizes from the data, options from the user. ``kind`` may have further options.
+def configure(registry: Registry, arguments: Mapping[str, Any], kind: type[Config] = VAEConfig, **sizes: int) -> Config:
+    """The network's configuration: sizes from the data, options from the user. ``kind`` may have further ones of both.
 
     Raises
     ------
@@ -47,6 +49,7 @@ def configure(registry: Registry, arguments: Mapping[str, Any], kind: type[Confi
         n_cats=tuple(len(column["categories"]) for column in registry.fields["cats_nc"]["columns"]),
         n_conts=len(registry.fields["conts_nd"]["columns"]),
         use_size_factor="size_factor_n" in registry.fields,
+        **sizes,
         **options,
     )
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scvi_lite.data.batch import Batch
+from scvi_lite.data.batch import Batch, Counts
 from scvi_lite.errors import unknown
 from scvi_lite.nn.layers import VARIANCE, Activation, Encoder, Hidden
 from scvi_lite.nn.module import Module
@@ -75,6 +75,11 @@ class VAEConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r}: True or False is needed.")
         if not (isinstance(self.dropout_rate, Real) and 0 <= self.dropout_rate < 1):
             raise ValueError(f"dropout_rate={self.dropout_rate!r}: a number in [0, 1) is needed.")
+
+    @property
+    def n_inputs(self) -> int:
+        """What of the data the encoder reads, beside covariates."""
+        return self.n_genes
 
     @property
     def latent_library(self) -> bool:
@@ -147,6 +152,18 @@ class VAE(Module):
         """Log-density of the prior at ``z`` (..., n, k): (..., n)."""
         return log_normal(z, 0.0, 1.0).sum(-1)
 
+    def reconstruction(self, z: Tensor, library: Tensor | None, batch: Batch) -> dict[str, Tensor]:
+        """What a decoder that stands at ``z`` (..., n, k) loses of the data: negative log-likelihoods (..., n)."""
+        return {"reconstruction_loss": -self.decode(z, library, batch).log_likelihood(batch.x)}
+
+    def kl_given_z(self, z: Tensor, batch: Batch) -> Tensor | float:
+        """KL of what is latent beside z and the library, and inferred from z (..., n); zero where there is nothing."""
+        return 0.0
+
+    def log_joint(self, z: Tensor, library: Tensor | None, batch: Batch) -> Tensor:
+        """log p(data, u | z, library) - log q(u | z) at a draw of u, what is latent beside z and the library."""
+        return -sum(self.reconstruction(z, library, batch).values())
+
     def covariates(self, batch: Batch) -> tuple[list[Tensor], Tensor | None]:
         """Codes of the categorical covariates with more than one category, and the dense covariates (n, d)."""
         c = self.config
@@ -180,7 +197,7 @@ class CountVAE(VAE):
         c = config
 
         def encoder(n_out: int, n_layers: int) -> Encoder:
-            stack = self.make_hidden(c.n_genes, "encoder", n_layers, c.dropout_rate)
+            stack = self.make_hidden(c.n_inputs, "encoder", n_layers, c.dropout_rate)
             return Encoder(stack, c.n_hidden, n_out, c.var_activation)
 
         self.encoder = encoder(c.n_latent, c.n_layers)
@@ -202,13 +219,17 @@ class CountVAE(VAE):
         """The posterior of a minibatch: computed from its counts, or the stored one of minified data."""
         if batch.qz_loc_nk is not None and batch.qz_scale_nk is not None:
             return Posterior(batch.qz_loc_nk, batch.qz_scale_nk)
-        x = batch.x.map(torch.log1p) if self.config.log_variational else batch.x
-        codes, dense_nd = self.encoded_covariates(batch)
-        posterior = Posterior(*self.encoder(x, codes, dense_nd))
+        inputs = self.inputs(batch)
+        posterior = Posterior(*self.encoder(*inputs))
         if self.config.latent_library:
-            library_loc_n1, library_scale_n1 = self.library_encoder(x, codes, dense_nd)
+            library_loc_n1, library_scale_n1 = self.library_encoder(*inputs)
             posterior.library_loc_n, posterior.library_scale_n = library_loc_n1[:, 0], library_scale_n1[:, 0]
         return posterior
+
+    def inputs(self, batch: Batch) -> tuple[Counts, Sequence[Tensor], Tensor | None]:
+        """What the encoder reads: the counts or their logarithm, codes and dense covariates."""
+        x = batch.x.map(torch.log1p) if self.config.log_variational else batch.x
+        return x, *self.encoded_covariates(batch)
 
     def library(self, batch: Batch, posterior: Posterior) -> Tensor:
         """The log library (n,): given as size factor, the posterior mean, or observed."""
@@ -232,9 +253,15 @@ class CountVAE(VAE):
             return Rates(c.gene_likelihood, logit_ng, library_n, proportions=not c.use_size_factor)
         logit_ng, dropout_ng, log_theta = self.decoder(self.to_latent(z), codes, dense_nd)
         if c.gene_likelihood != "poisson" and log_theta is None:
-            code_n = {"gene-batch": batch.batch_n, "gene-label": batch.label_n}.get(c.dispersion)
-            log_theta = self.log_theta if code_n is None else self.log_theta[code_n]
+            log_theta = by_code(self.log_theta, c.dispersion, batch)
         return Rates(c.gene_likelihood, logit_ng, library_n, log_theta, dropout_ng, not c.use_size_factor)
+
+
+def by_code(log_theta: Tensor, dispersion: str, batch: Batch) -> Tensor:
+    """The dispersion of each feature, or of each feature in the batch or label of each cell."""
+    if dispersion.endswith("-batch"):
+        return log_theta[batch.batch_n]
+    return log_theta[batch.label_n] if dispersion.endswith("-label") else log_theta
 
 
 class Decoder(nn.Module):

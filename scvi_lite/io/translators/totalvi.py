@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from torch import Tensor
 
-from scvi_lite.io.translators.common import Rules, Setup, hidden, rename, split_one_hot
+from scvi_lite.io.translators.common import Rules, Setup, hidden, rename, split_columns, split_one_hot
 
 TRANSPOSED = ("background_loc", "background_log_scale", "log_efficiency", "log_theta", "protein_log_theta")
+PARTS = {"py_back_decoder": "back", "py_fore_decoder": "fore", "sigmoid_decoder": "mixing"}
 HEADS = {
     "px_scale_decoder": "decoder.scale",
     "py_back_mean_log_alpha": "protein_decoder.back_loc",
-    "py_back_mean_log_beta": "protein_decoder.back_log_scale",
+    "py_back_mean_log_beta": "protein_decoder.back_scale",
     "py_fore_scale_decoder": "protein_decoder.ratio",
     "py_background_decoder": "protein_decoder.mixing_logit",
 }
@@ -32,9 +34,7 @@ def translate(weights: dict[str, Any], setup: Setup) -> dict[str, Tensor]:
         ("library_log_means", "library_prior_loc" if latent_library else None),
         ("library_log_vars", "library_prior_var" if latent_library else None),
         *hidden(r"decoder\.px_decoder", "decoder"),
-        *hidden(r"decoder\.py_back_decoder", "protein_decoder.back"),
-        *hidden(r"decoder\.py_fore_decoder", "protein_decoder.fore"),
-        *hidden(r"decoder\.sigmoid_decoder", "protein_decoder.mixing"),
+        *(rule for theirs, ours in PARTS.items() for rule in part(theirs, ours)),
         *((rf"decoder\.{theirs}\.fc_layers\.Layer 0\.0", f"{ours}.linear") for theirs, ours in heads.items()),
         (r"decoder\.px_dropout_decoder_gene", None),
         ("px_r", "log_theta"),
@@ -45,20 +45,26 @@ def translate(weights: dict[str, Any], setup: Setup) -> dict[str, Tensor]:
         ("pyro_param_store", None),
     ]
     state = rename(weights, rules)
-    # The hidden layers of the three parts of proteins stand one level lower than those of other networks.
-    state = {name.replace(".hidden.", ".", 1) if name.startswith("protein_") else name: t for name, t in state.items()}
     in_encoder = setup.covariates() if arguments.get("encode_covariates", True) else []
     in_decoder = setup.covariates()
-    networks = {"encoder": in_encoder, "library_encoder": in_encoder, "decoder": in_decoder}
-    networks |= {f"protein_decoder.{part}": in_decoder for part in ("back", "fore", "mixing")}
-    networks |= {f"{head}.linear": in_decoder for head in heads.values()}
-    state = split_one_hot(state, networks)
+    state = split_one_hot(state, {"encoder": in_encoder, "library_encoder": in_encoder, "decoder": in_decoder})
+    with_covariates = [rf"protein_decoder\.{ours}\.blocks\.\d+" for ours in PARTS.values()] + list(heads.values())
+    for name in [name for name in state if re.fullmatch(rf"({'|'.join(with_covariates)})\.linear\.weight", name)]:
+        state |= split_columns(name.removesuffix(".weight"), state[name], in_decoder)
     for name in {"library_prior_loc", "library_prior_var"} & state.keys():
         state[name] = state[name].flatten()
     for name in TRANSPOSED:
         if state[name].ndim == 2:
             state[name] = state[name].T.contiguous()
     return state
+
+
+def part(theirs: str, ours: str) -> Rules:
+    """Rules for the hidden layers of one part of the proteins."""
+    return [
+        (rf"decoder\.{theirs}\.fc_layers\.Layer (\d+)\.0", rf"protein_decoder.{ours}.blocks.\1.linear"),
+        (rf"decoder\.{theirs}\.fc_layers\.Layer (\d+)\.1", rf"protein_decoder.{ours}.blocks.\1.batch_norm"),
+    ]
 
 
 def library_encoder() -> Rules:

@@ -1,0 +1,462 @@
+"""What a model of RNA and proteins says about both (Gayoso et al. 2021, doi:10.1038/s41592-020-01050-x).
+
+Proteins are given without the background of the antibodies, unless it is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from numbers import Real
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scvi_lite.analysis import differential
+from scvi_lite.analysis.expression import (
+    check_library_size,
+    draw_library,
+    expected,
+    log_library,
+    minibatches,
+    select_genes,
+)
+from scvi_lite.analysis.inputs import draw, gene_positions, minibatch_size, positions_of, whole_number
+from scvi_lite.analysis.predictive import correlation, denoised
+from scvi_lite.errors import unknown
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from anndata import AnnData
+    from mudata import MuData
+
+    from scvi_lite.data.batch import Batch
+    from scvi_lite.model.base import Model
+    from scvi_lite.nn.protein import ProteinRates
+    from scvi_lite.nn.vae import Posterior
+
+    Data = AnnData | MuData
+
+Parts = dict[str, Tensor]  # what is asked of a minibatch, (..., n, features) each
+Frames = tuple["pd.DataFrame", "pd.DataFrame"] | tuple[np.ndarray, np.ndarray]
+
+
+def get_normalized_expression(
+    model: Model,
+    adata: Data | None = None,
+    indices: Any = None,
+    n_samples_overall: int | None = None,
+    transform_batch: Any = None,
+    gene_list: Sequence[str] | None = None,
+    protein_list: Sequence[str] | None = None,
+    library_size: float | str = 1,
+    n_samples: int = 1,
+    sample_protein_mixing: bool = False,
+    scale_protein: bool = False,
+    include_protein_background: bool = False,
+    batch_size: int | None = None,
+    return_mean: bool = True,
+    return_numpy: bool | None = None,
+    silent: bool = True,
+) -> Frames:
+    """Denoised expression of genes, and of proteins without their background, for cells drawn from their posterior.
+
+    Where proteins were not measured, they are imputed: give a batch in which they were as ``transform_batch``.
+
+    Parameters
+    ----------
+    adata
+        Cells to look at; the model's own by default.
+    indices
+        Row numbers, in any order, or a mask; all cells by default.
+    n_samples_overall
+        Instead of each cell, so many that are drawn at random with replacement.
+    transform_batch
+        Decode as if from this batch: a name, a code, or a list to average over. By default each cell's own.
+    gene_list, protein_list
+        Names, which are given in this order; all by default.
+    library_size
+        Scale genes to this total; 1 gives proportions. ``"latent"`` is the library size of each cell.
+    n_samples
+        Draws from the posterior of each cell.
+    sample_protein_mixing
+        Draw whether a cell has a protein, instead of weighting by the probability that it has.
+    scale_protein
+        Scale the proteins of a cell to a total of 1.
+    include_protein_background
+        Add the background.
+    batch_size
+        Cells in a minibatch.
+    return_mean
+        Average over ``n_samples``.
+    return_numpy
+        Arrays instead of data frames. Results with a dimension of samples are arrays anyway.
+    silent
+        Show no progress.
+
+    Returns
+    -------
+    tuple
+        Genes (n, g) and proteins (n, p), float32; (n, g, s) and (n, p, s) with ``return_mean=False`` and more than
+        one sample.
+
+    Raises
+    ------
+    ValueError
+        If a gene, a protein or a batch is unknown (the nearest is named), or a number is out of range.
+    IndexError
+        If ``indices`` has rows that do not exist.
+
+    Examples
+    --------
+    >>> import scvi_lite
+    >>> adata = scvi_lite.data.synthetic_iid(batch_size=50, n_genes=20)
+    >>> scvi_lite.model.TOTALVI.setup_anndata(adata, "protein_expression", batch_key="batch")
+    >>> model = scvi_lite.model.TOTALVI(adata, n_hidden=16)
+    >>> model.train(max_epochs=1, enable_progress_bar=False)
+    >>> rna, protein = model.get_normalized_expression(gene_list=["gene_1"], protein_list=["protein_2", "protein_0"])
+    >>> rna.shape, protein.columns.tolist()
+    ((100, 1), ['protein_2', 'protein_0'])
+    """
+    genes, proteins = gene_positions(model, gene_list), protein_positions(model, protein_list)
+    codes = model._batch_codes(transform_batch)
+    check_library_size(library_size)
+
+    def ask(batch: Batch, q: Posterior, z: Tensor) -> Parts:
+        library_n = log_library(model, batch, q, library_size, n_draws(z))
+        rates = model.module.decode_proteins(z, batch)
+        y_np = protein_value(rates, sample_protein_mixing, include_protein_background, scale_protein)
+        return {"rna": expected(model, z, library_n, batch, None, genes), "protein": chosen(y_np, proteins)}
+
+    values, names = _per_cell(
+        model, adata, indices, codes, ask, n_samples, n_samples_overall, batch_size, return_mean, silent
+    )
+    rna, protein = values["rna"], values["protein"]
+    if return_numpy or rna.ndim == 3:
+        return rna, protein
+    return _frame(rna, names, model._gene_names, genes), _frame(protein, names, model.protein_names, proteins)
+
+
+def get_protein_foreground_probability(
+    model: Model,
+    adata: Data | None = None,
+    indices: Any = None,
+    transform_batch: Any = None,
+    protein_list: Sequence[str] | None = None,
+    n_samples: int = 1,
+    batch_size: int | None = None,
+    return_mean: bool = True,
+    return_numpy: bool | None = None,
+    silent: bool = True,
+) -> pd.DataFrame | np.ndarray:
+    """Probability that each cell has each protein: that its count is foreground, and not background.
+
+    Arguments and errors are those of ``get_normalized_expression``.
+
+    Returns
+    -------
+    pandas.DataFrame or numpy.ndarray
+        (n, p) float32; (n, p, s) with ``return_mean=False`` and more than one sample.
+    """
+    proteins, codes = protein_positions(model, protein_list), model._batch_codes(transform_batch)
+
+    def ask(batch: Batch, q: Posterior, z: Tensor) -> Parts:
+        rates = model.module.decode_proteins(z, batch)
+        return {"probability": chosen(rates.foreground_probability_np, proteins)}
+
+    values, names = _per_cell(model, adata, indices, codes, ask, n_samples, None, batch_size, return_mean, silent)
+    value = values["probability"]
+    return value if return_numpy or value.ndim == 3 else _frame(value, names, model.protein_names, proteins)
+
+
+def get_protein_background_mean(
+    model: Model, adata: Data | None = None, indices: Any = None, batch_size: int | None = None
+) -> np.ndarray:
+    """Expected background of each protein in each cell, exp(loc + scale²/2) of its log-normal posterior: (n, p).
+
+    Arguments and errors are those of ``get_normalized_expression``.
+    """
+
+    def ask(batch: Batch, q: Posterior, z: Tensor) -> Parts:
+        rates = model.module.decode_proteins(z, batch)
+        return {"mean": (rates.back_loc_np + 0.5 * rates.back_scale_np**2).exp()}
+
+    return _per_cell(model, adata, indices, [None], ask, 1, None, batch_size, True, True)[0]["mean"]
+
+
+def get_likelihood_parameters(
+    model: Model,
+    adata: Data | None = None,
+    indices: Any = None,
+    n_samples: int = 1,
+    give_mean: bool = False,
+    batch_size: int | None = None,
+) -> dict[str, np.ndarray]:
+    """Parameters of the likelihood of each cell's counts, for cells drawn from their posterior.
+
+    Parameters
+    ----------
+    adata, indices, batch_size
+        As in ``get_normalized_expression``.
+    n_samples
+        Draws from the posterior of each cell.
+    give_mean
+        Average over the draws.
+
+    Returns
+    -------
+    dict
+        Of genes ``"mean"``, ``"dispersions"`` and, of ZINB, ``"dropout"``; of proteins ``"protein_background"`` and
+        ``"protein_foreground"`` (means), ``"protein_mixing"`` (probability of the background) and
+        ``"protein_dispersions"``. float32, (n, features), or (n, features, s) with several draws that are not averaged.
+    """
+
+    def ask(batch: Batch, q: Posterior, z: Tensor) -> Parts:
+        rates, proteins = model.module.decode_both(z, draw_library(model, batch, q, n_draws(z)), batch)
+        efficiency_np = proteins.log_efficiency.exp()
+        parts = {
+            "mean": rates.mu_ng,
+            "dispersions": rates.log_theta.exp().expand_as(rates.mu_ng),
+            "protein_background": proteins.back_np * efficiency_np,
+            "protein_foreground": proteins.fore_np * efficiency_np,
+            "protein_mixing": proteins.mixing_np.sigmoid(),
+            "protein_dispersions": proteins.log_theta.exp().expand_as(proteins.mixing_np),
+        }
+        return parts if rates.dropout_ng is None else {**parts, "dropout": rates.dropout_ng.sigmoid()}
+
+    return _per_cell(model, adata, indices, [None], ask, n_samples, None, batch_size, give_mean, True)[0]
+
+
+def posterior_predictive_sample(
+    model: Model,
+    adata: Data | None = None,
+    indices: Any = None,
+    n_samples: int = 1,
+    batch_size: int | None = None,
+    gene_list: Sequence[str] | None = None,
+    protein_list: Sequence[str] | None = None,
+    transform_batch: Any = None,
+) -> dict[str, np.ndarray]:
+    """Draw new counts for cells: a latent position from the posterior of each, then counts from the likelihood.
+
+    Arguments and errors are those of ``get_normalized_expression``; of several batches the draws are averaged, so name
+    one.
+
+    Returns
+    -------
+    dict
+        ``"rna"`` and ``"protein"``: float32 counts, (n, features), or (n, features, s) with several draws.
+    """
+    genes, proteins = gene_positions(model, gene_list), protein_positions(model, protein_list)
+    codes = model._batch_codes(transform_batch)
+    if len(codes) > 1:
+        raise ValueError(f"transform_batch={transform_batch!r}: counts are drawn as from one batch; name one.")
+
+    def ask(batch: Batch, q: Posterior, z: Tensor) -> Parts:
+        rates, of_proteins = model.module.decode_both(z, draw_library(model, batch, q, n_draws(z)), batch)
+        return {
+            "rna": select_genes(rates, genes).distribution().sample(),
+            "protein": chosen(of_proteins.sample(), proteins),
+        }
+
+    return _per_cell(model, adata, indices, codes, ask, n_samples, None, batch_size, False, True)[0]
+
+
+def get_feature_correlation_matrix(
+    model: Model,
+    adata: Data | None = None,
+    indices: Any = None,
+    n_samples: int = 10,
+    batch_size: int | None = None,
+    rna_size_factor: float = 1000,
+    transform_batch: Any = None,
+    correlation_type: str = "spearman",
+    log_transform: bool = False,
+    silent: bool = True,
+) -> pd.DataFrame:
+    """Correlation of genes and proteins over cells, in rates drawn from the posterior: without the noise of counting.
+
+    Parameters
+    ----------
+    adata, indices, transform_batch, batch_size, silent
+        As in ``get_normalized_expression``; correlations are averaged over several batches.
+    n_samples
+        Draws. Each needs a matrix of cells × features.
+    rna_size_factor
+        The library size of all cells.
+    correlation_type
+        ``"spearman"`` or ``"pearson"``.
+    log_transform
+        Take log1p of the rates first, which matters for Pearson's.
+
+    Returns
+    -------
+    pandas.DataFrame
+        (g + p, g + p) float64, genes first. NaN for a feature that does not vary.
+
+    Raises
+    ------
+    ValueError
+        If a batch or the type is unknown, a number out of range, or there are fewer than two cells.
+    """
+    import pandas as pd
+
+    if correlation_type not in ("spearman", "pearson"):
+        raise ValueError(unknown("correlation_type", correlation_type, ["spearman", "pearson"]))
+    if not rna_size_factor > 0:
+        raise ValueError(f"rna_size_factor={rna_size_factor!r}: a positive number is needed.")
+    codes = model._batch_codes(transform_batch)
+    whole_number(n_samples=n_samples)
+
+    def ask(batch: Batch, q: Posterior, z: Tensor) -> Parts:
+        library_n = torch.full_like(batch.total_n, float(rna_size_factor)).log()
+        rates, proteins = model.module.decode_both(z, library_n, batch)
+        return {"rate": torch.cat([denoised(rates), proteins.sample(denoised=True)], -1)}
+
+    names = [*model._gene_names, *model.protein_names]
+    total_ff = np.zeros((len(names), len(names)))
+    for code in codes:
+        for _ in range(n_samples):
+            values, cells = _per_cell(model, adata, indices, [code], ask, 1, None, batch_size, True, silent)
+            if len(cells) < 2:
+                raise ValueError(f"indices: {len(cells)} cells were given; a correlation needs at least two.")
+            rate_nf = np.log1p(values["rate"]) if log_transform else values["rate"]
+            total_ff += correlation(rate_nf, correlation_type)
+    return pd.DataFrame(total_ff / (len(codes) * n_samples), index=names, columns=names)
+
+
+def differential_expression(
+    model: Model,
+    adata: Data | None = None,
+    groupby: str | None = None,
+    group1: str | Sequence[str] | None = None,
+    group2: str | None = None,
+    idx1: Any = None,
+    idx2: Any = None,
+    mode: str = "change",
+    delta: float | None = 0.25,
+    batch_size: int | None = None,
+    all_stats: bool = True,
+    batch_correction: bool = False,
+    batchid1: Sequence[str] | None = None,
+    batchid2: Sequence[str] | None = None,
+    fdr_target: float | Sequence[float] = 0.05,
+    silent: bool = False,
+    protein_prior_count: float = 0.1,
+    scale_protein: bool = False,
+    sample_protein_mixing: bool = False,
+    include_protein_background: bool = False,
+    pseudocounts: float | None = 1e-5,
+    **options: Any,
+) -> pd.DataFrame:
+    """Which genes and proteins differ between populations of cells, by how much, and how sure that is.
+
+    Parameters
+    ----------
+    protein_prior_count
+        Added to the proteins, so that fold changes of next to nothing stay small.
+    scale_protein, sample_protein_mixing, include_protein_background
+        As in ``get_normalized_expression``.
+    pseudocounts
+        In change mode: added to both sides of the ratio. None estimates it from genes that are not expressed.
+    adata, groupby, group1, group2, idx1, idx2, mode, delta, batch_size, all_stats, batch_correction, batchid1, batchid2
+        As for every model: see :func:`scvi_lite.analysis.differential.differential_expression`.
+    fdr_target, silent, **options
+        As there.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row a gene or protein and comparison, with the columns of every model.
+    """
+    if not (isinstance(protein_prior_count, Real) and protein_prior_count >= 0):
+        raise ValueError(f"protein_prior_count={protein_prior_count!r}: a number of zero or more is needed.")
+
+    def value_of(model: Model, z: Tensor, library: Tensor | None, batch: Batch, code: int | None, genes: Any) -> Tensor:
+        rates = model.module.decode_proteins(z, batch if code is None else batch.with_batch(code))
+        y_np = protein_value(rates, sample_protein_mixing, include_protein_background)
+        y_np = y_np + protein_prior_count
+        y_np = y_np / y_np.sum(-1, keepdim=True) if scale_protein else y_np
+        return torch.cat([expected(model, z, library, batch, code, genes), y_np], -1)
+
+    return differential.differential_expression(
+        model, adata, groupby, group1, group2, idx1, idx2, mode, delta, batch_size, all_stats,
+        batch_correction, batchid1, batchid2, fdr_target, silent, pseudocounts=pseudocounts,
+        features=differential.Features([*model._gene_names, *model.protein_names], value_of, ["x", "proteins_np"]),
+        **options,
+    )  # fmt: skip
+
+
+def protein_value(
+    rates: ProteinRates, sample_mixing: bool = False, with_background: bool = False, scale: bool = False
+) -> Tensor:
+    """The expected foreground, perhaps with the background, perhaps as proportions: (..., n, p)."""
+    fore_np = rates.foreground_probability_np
+    if sample_mixing:
+        fore_np = torch.bernoulli(fore_np)
+    value_np = fore_np * rates.fore_np
+    if with_background:
+        value_np = value_np + (1 - fore_np) * rates.back_np
+    return value_np / value_np.sum(-1, keepdim=True).clamp(min=1e-12) if scale else value_np
+
+
+def protein_positions(model: Model, protein_list: Sequence[str] | None) -> np.ndarray | None:
+    """Positions of proteins among the model's, in the order asked for; None for all."""
+    return positions_of("protein_list", protein_list, model.protein_names, "proteins")
+
+
+def chosen(value: Tensor, positions: np.ndarray | None) -> Tensor:
+    """Some of the features, or all."""
+    return value if positions is None else value[..., torch.from_numpy(positions).to(value.device)]
+
+
+def n_draws(z: Tensor) -> int | None:
+    """How many draws there are of each cell, where these are a dimension of their own."""
+    return len(z) if z.ndim == 3 else None
+
+
+def _per_cell(
+    model: Model,
+    adata: Data | None,
+    indices: Any,
+    codes: Sequence[int | None],
+    ask: Callable[[Batch, Posterior, Tensor], Parts],
+    n_samples: int,
+    n_samples_overall: int | None,
+    batch_size: int | None,
+    return_mean: bool,
+    silent: bool,
+) -> tuple[dict[str, np.ndarray], pd.Index]:
+    """What is asked of each cell, averaged over batches and perhaps draws; and the names of the cells.
+
+    (n, features) each, or (n, features, s) with several draws that are not averaged.
+    """
+    whole_number(n_samples=n_samples, n_samples_overall=n_samples_overall or 1)
+    adata = model._check(adata)
+    rows = model._rows(adata, indices)
+    if n_samples_overall is not None:
+        if n_samples > 1:
+            raise ValueError("n_samples and n_samples_overall are given; use one of them.")
+        rows = draw(rows, n_samples_overall)
+    model._warn_if_untrained()
+    several = n_samples > 1
+    values: dict[str, np.ndarray] = {}
+    size = minibatch_size(batch_size, n_samples * model.module.config.n_inputs)
+    for cells, batch in minibatches(model, adata, rows, size, silent):
+        q = model.module.encode(batch)
+        z = q.sample_z(n_samples if several else None)
+        for code in codes:
+            for name, value in ask(batch if code is None else batch.with_batch(code), q, z).items():
+                value = value.mean(0) if several and return_mean else value.movedim(0, -1) if several else value
+                shape = (len(rows), *value.shape[1:])
+                whole = torch.from_numpy(values.setdefault(name, np.zeros(shape, dtype=np.float32)))
+                whole[cells] += value.cpu() / len(codes)
+    return values, adata.obs_names[rows]
+
+
+def _frame(value: np.ndarray, cells: pd.Index, names: Sequence[str], positions: np.ndarray | None) -> pd.DataFrame:
+    import pandas as pd
+
+    columns = pd.Index(names)
+    return pd.DataFrame(value, index=cells, columns=columns if positions is None else columns[positions], copy=False)

@@ -1,0 +1,422 @@
+"""totalVI: RNA and surface proteins of the same cells (Gayoso et al. 2021, doi:10.1038/s41592-020-01050-x)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from scvi_lite.analysis import abundance, importance, latent, likelihood, minify, proteins
+from scvi_lite.data.fields import Categorical, Categoricals, Continuous, Continuouses, Field, Matrix, check_keys
+from scvi_lite.data.modalities import read_modalities
+from scvi_lite.data.proteins import Proteins
+from scvi_lite.errors import as_options, check_options
+from scvi_lite.model.base import Model
+from scvi_lite.nn.classifier import Adversary
+from scvi_lite.nn.configure import configure, library_prior
+from scvi_lite.nn.protein import background_prior
+from scvi_lite.nn.total import TotalConfig, TOTALVIModule
+from scvi_lite.train.plan import AdversarialPlan
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from mudata import MuData
+
+MANY_PROTEINS = 10  # above, the prior of the background is taken from the data
+NAMES = {"n_layers": "n_layers_encoder", "dropout_rate": "dropout_rate_encoder", "dispersion": "gene_dispersion"}
+NETWORK = (
+    "n_hidden",
+    "n_layers_encoder",
+    "n_layers_decoder",
+    "dropout_rate_encoder",
+    "dropout_rate_decoder",
+    "log_variational",
+    "encode_covariates",
+    "deeply_inject_covariates",
+    "use_observed_lib_size",
+    "use_batch_norm",
+    "use_layer_norm",
+)
+
+
+@dataclass(frozen=True)
+class TotalPlan(AdversarialPlan):
+    """Options of the training of totalVI.
+
+    Attributes
+    ----------
+    pro_recons_weight
+        Weight of the proteins in the loss, beside genes of weight 1.
+    anneal_proteins
+        Let the weight of the proteins grow along with that of the KL terms, as scvi-tools does. Else they have their
+        full weight from the beginning, as in the paper.
+    """
+
+    pro_recons_weight: float = 1.0
+    anneal_proteins: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (isinstance(self.pro_recons_weight, Real) and self.pro_recons_weight >= 0):
+            raise ValueError(f"pro_recons_weight={self.pro_recons_weight!r}: a number of zero or more is needed.")
+
+    @property
+    def loss_options(self) -> dict[str, Any]:
+        """What the loss is told."""
+        return {"pro_recons_weight": self.pro_recons_weight, "anneal_proteins": self.anneal_proteins}
+
+
+class TOTALVI(Model):
+    """Total variational inference: one latent space of RNA and proteins, without the background of the antibodies.
+
+    Parameters
+    ----------
+    adata
+        AnnData set up with :meth:`setup_anndata`, or MuData set up with :meth:`setup_mudata`.
+    n_latent
+        Dimensions of the latent space.
+    gene_dispersion
+        Inverse dispersion of the genes: one for each ``"gene"``, ``"gene-batch"`` or ``"gene-label"``.
+    protein_dispersion
+        Of the proteins: ``"protein"``, ``"protein-batch"`` or ``"protein-label"``.
+    gene_likelihood
+        ``"nb"`` or ``"zinb"``.
+    latent_distribution
+        ``"normal"``, or ``"ln"`` for the logistic normal: points on a simplex.
+    empirical_protein_background_prior
+        Take the prior of the background from the data, by a mixture of two normals in each of some cells; else it
+        begins at a fixed place. Both are learnt further. None: for more than 10 proteins.
+    override_missing_proteins
+        Take zeros as counts where a protein is zero in all cells of a batch (or panel). Else it was not measured
+        there: it is not scored, and is imputed.
+    **network_options
+        ``n_hidden`` (256), ``n_layers_encoder`` (2), ``n_layers_decoder`` (1), ``dropout_rate_encoder`` and
+        ``dropout_rate_decoder`` (0.2), ``log_variational``, ``encode_covariates`` (True),
+        ``deeply_inject_covariates``, ``use_observed_lib_size``, ``use_batch_norm`` and ``use_layer_norm`` (``"none"``,
+        ``"encoder"``, ``"decoder"``, ``"both"``).
+
+    Raises
+    ------
+    RuntimeError
+        If the data are not set up.
+    TypeError, ValueError
+        If an option does not exist, or a value is out of range.
+
+    References
+    ----------
+    Gayoso, Steier, Lopez, Regier, Nazor, Streets, Yosef (2021). Joint probabilistic modeling of single-cell multi-omic
+    data with totalVI. Nature Methods.
+
+    Examples
+    --------
+    >>> import scvi_lite
+    >>> adata = scvi_lite.data.synthetic_iid(batch_size=50, n_genes=20, n_proteins=12)
+    >>> TOTALVI.setup_anndata(adata, protein_expression_obsm_key="protein_expression", batch_key="batch")
+    >>> model = TOTALVI(adata, n_latent=5, n_hidden=16)
+    >>> model.train(max_epochs=1, enable_progress_bar=False)
+    >>> rna, protein = model.get_normalized_expression()
+    >>> rna.shape, protein.shape
+    ((100, 20), (100, 12))
+    """
+
+    plan = TotalPlan(lr=4e-3, n_epochs_kl_warmup=None, reduce_lr_on_plateau=True)
+    reads_mudata = True
+
+    get_latent_representation = latent.get_latent_representation
+    get_latent_library_size = latent.get_latent_library_size
+    get_aggregated_posterior = latent.get_aggregated_posterior
+    get_elbo = likelihood.get_elbo
+    get_reconstruction_error = likelihood.get_reconstruction_error
+    get_marginal_ll = likelihood.get_marginal_ll
+    get_normalized_expression = proteins.get_normalized_expression
+    get_protein_foreground_probability = proteins.get_protein_foreground_probability
+    get_protein_background_mean = proteins.get_protein_background_mean
+    get_likelihood_parameters = proteins.get_likelihood_parameters
+    posterior_predictive_sample = proteins.posterior_predictive_sample
+    get_feature_correlation_matrix = proteins.get_feature_correlation_matrix
+    get_importance_weights = importance.get_importance_weights
+    differential_expression = proteins.differential_expression
+    differential_abundance = abundance.differential_abundance
+    minify_adata = minify.minify_adata
+    minify_mudata = minify.minify_adata
+    minified_data_type = property(minify.minified)
+
+    def __init__(
+        self,
+        adata: AnnData | MuData,
+        n_latent: int = 20,
+        gene_dispersion: str = "gene",
+        protein_dispersion: str = "protein",
+        gene_likelihood: str = "nb",
+        latent_distribution: str = "normal",
+        empirical_protein_background_prior: bool | None = None,
+        override_missing_proteins: bool = False,
+        **network_options: Any,
+    ):
+        check_options("TOTALVI", network_options, NETWORK)
+        given = dict(
+            n_latent=n_latent,
+            gene_dispersion=gene_dispersion,
+            protein_dispersion=protein_dispersion,
+            gene_likelihood=gene_likelihood,
+            latent_distribution=latent_distribution,
+            empirical_protein_background_prior=empirical_protein_background_prior,
+            override_missing_proteins=override_missing_proteins,
+        )
+        super().__init__(adata, given | network_options)
+
+    def _make_module(self, arguments: dict[str, Any]) -> TOTALVIModule:
+        options = dict(arguments)
+        for name, theirs in NAMES.items():
+            if theirs in options:
+                options[name] = options.pop(theirs)
+        empirical = options.pop("empirical_protein_background_prior", None)
+        override = options.pop("override_missing_proteins", False)
+        measured_qp = torch.tensor(self.registry.fields["proteins_np"]["measured"])
+        n_panels, n_proteins = measured_qp.shape
+        config = configure(self.registry, options, TotalConfig, n_proteins=n_proteins, n_panels=n_panels)
+        prior = None
+        if (n_proteins > MANY_PROTEINS) if empirical is None else empirical:
+            y_np, batch_n = (self.registry.read(self.adata, name) for name in ("proteins_np", "batch_n"))
+            prior = background_prior(y_np, batch_n, config.n_batches)
+        return TOTALVIModule(
+            config,
+            torch.ones_like(measured_qp) if override else measured_qp,
+            library_prior(self.adata, self.registry) if config.latent_library else None,
+            prior,
+        )
+
+    @property
+    def protein_names(self) -> list[str]:
+        """Names of the proteins, in the order the model reads them."""
+        return list(self.registry.fields["proteins_np"]["names"])
+
+    def train(
+        self,
+        max_epochs: int | None = None,
+        lr: float = 4e-3,
+        accelerator: str = "auto",
+        devices: int | list[int] | str = "auto",
+        train_size: float | None = None,
+        validation_size: float | None = None,
+        shuffle_set_split: bool = True,
+        batch_size: int = 256,
+        early_stopping: bool = True,
+        check_val_every_n_epoch: int | None = None,
+        reduce_lr_on_plateau: bool = True,
+        n_steps_kl_warmup: int | None = None,
+        n_epochs_kl_warmup: int | None = None,
+        adversarial_classifier: bool | None = None,
+        datasplitter_kwargs: Mapping[str, Any] | None = None,
+        plan_kwargs: Mapping[str, Any] | None = None,
+        external_indexing: Sequence[Any] | None = None,
+        strategy: Any = "auto",
+        **trainer_kwargs: Any,
+    ) -> None:
+        """Train the model: as :meth:`scvi_lite.model.SCVI.train`, with other defaults.
+
+        Parameters
+        ----------
+        lr, reduce_lr_on_plateau, n_steps_kl_warmup, n_epochs_kl_warmup
+            Options of ``plan_kwargs``, which counts where both are given. Without a length of the KL warm-up, it takes
+            three quarters as many minibatches as there are cells.
+        adversarial_classifier
+            Train against a classifier that tells batches apart in latent space. None: where proteins are missing from
+            some batches.
+        external_indexing
+            As in ``datasplitter_kwargs``.
+        plan_kwargs
+            See :class:`~scvi_lite.model.totalvi.TotalPlan`: also ``scale_adversarial_loss``, ``pro_recons_weight`` and
+            ``anneal_proteins``.
+        max_epochs, accelerator, devices, train_size, validation_size, shuffle_set_split, batch_size, early_stopping
+            As for every model.
+        check_val_every_n_epoch, datasplitter_kwargs, strategy
+            As for every model.
+        **trainer_kwargs
+            Every other option of ``lightning.Trainer``, and those of every model.
+        """
+        from scvi_lite.model.training import fit_model
+
+        plan: dict[str, Any] = dict(lr=lr, reduce_lr_on_plateau=reduce_lr_on_plateau)
+        plan |= dict(n_steps_kl_warmup=n_steps_kl_warmup, n_epochs_kl_warmup=n_epochs_kl_warmup)
+        plan |= as_options("plan_kwargs", plan_kwargs)
+        if plan["n_steps_kl_warmup"] is None and plan["n_epochs_kl_warmup"] is None:
+            plan["n_steps_kl_warmup"] = max(1, int(0.75 * self.adata.n_obs))
+        # Without validation cells there is no metric to watch, which is nobody's wish but the defaults'.
+        if check_val_every_n_epoch is not None:
+            trainer_kwargs["check_val_every_n_epoch"] = check_val_every_n_epoch
+        if external_indexing is not None:
+            datasplitter_kwargs = {**(datasplitter_kwargs or {}), "external_indexing": external_indexing}
+        fit_model(
+            self,
+            max_epochs=max_epochs,
+            accelerator=accelerator,
+            devices=devices,
+            train_size=train_size,
+            validation_size=validation_size,
+            shuffle_set_split=shuffle_set_split,
+            batch_size=batch_size,
+            early_stopping=early_stopping,
+            datasplitter_kwargs=datasplitter_kwargs,
+            plan_kwargs=plan,
+            strategy=strategy,
+            adversary=self._adversary(adversarial_classifier),
+            **trainer_kwargs,
+        )
+
+    def _adversary(self, wanted: bool | None) -> Adversary | None:
+        config = self.module.config
+        if wanted is None:
+            wanted = config.n_batches > 1 and not bool(self.module.measured_qp.all())
+        return Adversary(config.n_latent, config.n_batches) if wanted else None
+
+    @classmethod
+    def setup_anndata(
+        cls,
+        adata: AnnData,
+        protein_expression_obsm_key: str,
+        protein_names_uns_key: str | None = None,
+        batch_key: str | None = None,
+        panel_key: str | None = None,
+        layer: str | None = None,
+        size_factor_key: str | None = None,
+        categorical_covariate_keys: Sequence[str] | None = None,
+        continuous_covariate_keys: Sequence[str] | None = None,
+        labels_key: str | None = None,
+    ) -> None:
+        """Check the data and note what the model reads from them, in ``adata.uns["scvi_lite"]``.
+
+        Parameters
+        ----------
+        adata
+            Raw counts of cells × genes: sparse, dense or backed.
+        protein_expression_obsm_key
+            Key of ``adata.obsm`` with raw counts of proteins: a data frame, or an array. A protein that is zero in all
+            cells of a batch (or panel) was not measured there.
+        protein_names_uns_key
+            Key of ``adata.uns`` with their names; by default those of the data frame's columns.
+        batch_key, labels_key
+            Columns of ``adata.obs``: the batch to correct for, and the cell type (for dispersions by label).
+        panel_key
+            Column of ``adata.obs`` with the panel of antibodies; the batch by default.
+        layer
+            Layer that holds the counts of genes; ``adata.X`` by default.
+        size_factor_key
+            Column of positive factors to use instead of the library size of the genes.
+        categorical_covariate_keys, continuous_covariate_keys
+            Columns of further covariates to correct for.
+
+        Raises
+        ------
+        KeyError
+            If a column, a layer or a key does not exist.
+        ValueError
+            If counts are negative, NaN or infinite, all proteins are zero, values are missing, or names repeat.
+        """
+        given = dict(
+            protein_expression_obsm_key=protein_expression_obsm_key,
+            protein_names_uns_key=protein_names_uns_key,
+            batch_key=batch_key,
+            panel_key=panel_key,
+            layer=layer,
+            size_factor_key=size_factor_key,
+            categorical_covariate_keys=check_keys("categorical_covariate_keys", categorical_covariate_keys),
+            continuous_covariate_keys=check_keys("continuous_covariate_keys", continuous_covariate_keys),
+            labels_key=labels_key,
+        )
+        of_obs = _columns(given, {})
+        counted = Proteins("proteins_np", protein_expression_obsm_key, protein_names_uns_key, panels=_panels(of_obs))
+        cls._register(adata, [Matrix("x", layer), counted, *of_obs], given)
+
+    @classmethod
+    def setup_mudata(
+        cls,
+        mdata: MuData,
+        rna_layer: str | None = None,
+        protein_layer: str | None = None,
+        batch_key: str | None = None,
+        panel_key: str | None = None,
+        size_factor_key: str | None = None,
+        categorical_covariate_keys: Sequence[str] | None = None,
+        continuous_covariate_keys: Sequence[str] | None = None,
+        modalities: Mapping[str, str | None] | None = None,
+        labels_key: str | None = None,
+    ) -> None:
+        """Check the data and note what the model reads from them, in ``mdata.uns["scvi_lite"]``.
+
+        Cells are matched by name, whatever their order in each modality. One without proteins counts as not measured.
+
+        Parameters
+        ----------
+        mdata
+            RNA and proteins as two modalities.
+        rna_layer, protein_layer
+            Layers that hold the counts; ``X`` by default.
+        modalities
+            In which modality to find what each argument names:
+            ``{"rna_layer": "rna", "protein_layer": "protein", "batch_key": "rna"}``. The first two are needed; columns
+            are looked for in ``mdata.obs`` by default.
+        batch_key, labels_key, panel_key, size_factor_key, categorical_covariate_keys, continuous_covariate_keys
+            Columns, as in :meth:`setup_anndata`.
+
+        Raises
+        ------
+        TypeError
+            If it is no MuData.
+        KeyError
+            If a modality, a column or a layer does not exist.
+        ValueError
+            If counts are negative, NaN or infinite, values are missing or disagree, or names repeat.
+
+        Examples
+        --------
+        >>> import scvi_lite
+        >>> mdata = scvi_lite.data.synthetic_iid(n_genes=20, return_mudata=True)
+        >>> where = {"rna_layer": "rna", "protein_layer": "protein_expression"}
+        >>> TOTALVI.setup_mudata(mdata, batch_key="batch", modalities=where)
+        >>> TOTALVI(mdata, n_hidden=8)
+        TOTALVI(...), not trained, on 400 cells × 220 features
+        """
+        given = dict(
+            rna_layer=rna_layer,
+            protein_layer=protein_layer,
+            batch_key=batch_key,
+            panel_key=panel_key,
+            size_factor_key=size_factor_key,
+            categorical_covariate_keys=check_keys("categorical_covariate_keys", categorical_covariate_keys),
+            continuous_covariate_keys=check_keys("continuous_covariate_keys", continuous_covariate_keys),
+            labels_key=labels_key,
+        )
+        where = read_modalities(mdata, modalities, given, needed=("rna_layer", "protein_layer"))
+        of_obs = _columns(given, where)
+        genes = Matrix("x", rna_layer, modality=where["rna_layer"])
+        counted = Proteins("proteins_np", layer=protein_layer, modality=where["protein_layer"], panels=_panels(of_obs))
+        cls._register(mdata, [genes, counted, *of_obs], given | {"modalities": where})
+
+
+def _columns(given: Mapping[str, Any], where: Mapping[str, str | None]) -> list[Field]:
+    """The columns of ``obs`` that the model reads, each perhaps of a modality."""
+
+    def column(kind: Any, name: str, argument: str, **options: Any) -> Field:
+        return kind(name, argument, given[argument], modality=where.get(argument), **options)
+
+    columns = [
+        column(Categorical, "batch_n", "batch_key"),
+        column(Categorical, "label_n", "labels_key"),
+        column(Categoricals, "cats_nc", "categorical_covariate_keys"),
+        column(Continuouses, "conts_nd", "continuous_covariate_keys"),
+    ]
+    if given["panel_key"] is not None:
+        columns.append(column(Categorical, "panel_n", "panel_key"))
+    if given["size_factor_key"] is not None:
+        columns.append(column(Continuous, "size_factor_n", "size_factor_key", positive=True))
+    return columns
+
+
+def _panels(columns: Sequence[Field]) -> Categorical:
+    """The column that tells where which proteins were measured: the panel, or else the batch."""
+    by_name = {column.name: column for column in columns}
+    return by_name.get("panel_n", by_name["batch_n"])
