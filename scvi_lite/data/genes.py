@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -39,12 +39,17 @@ def match_genes(data: AnnData | MuData, var_names: Sequence[str] | dict[str, Seq
     matched = {modality: _match_part(data, names, modality) for modality, names in var_names.items()}
     if all(matched[modality] is data.mod[modality] for modality in var_names):
         return data
+    return replace_modalities(data, matched)
+
+
+def replace_modalities(mdata: MuData, parts: Mapping[str, AnnData]) -> MuData:
+    """The same cells with other modalities under these names."""
     from mudata import MuData, set_options
 
     with set_options(pull_on_update=False):
-        whole = MuData({**data.mod, **matched})[data.obs_names].copy()
-        whole.obs, whole.uns = data.obs, data.uns
-    for key, values in data.obsm.items():
+        whole = MuData({**mdata.mod, **parts})[mdata.obs_names].copy()
+        whole.obs, whole.uns = mdata.obs, mdata.uns
+    for key, values in mdata.obsm.items():
         whole.obsm[key] = values
     return whole
 

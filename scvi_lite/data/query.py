@@ -14,6 +14,7 @@ from scvi_lite.data.columns import categories_of, text_of
 from scvi_lite.data.fields import Categorical, Categoricals
 from scvi_lite.data.gene_names import LEAST_SHARE, naming_hint
 from scvi_lite.data.modalities import name_of, part_of
+from scvi_lite.data.proteins import Proteins
 from scvi_lite.data.registry import Registry, check_anndata
 from scvi_lite.errors import UnknownKeyError, listing, warn
 
@@ -104,12 +105,14 @@ def extend(registry: Registry, data: Data, transfer_batch: bool = True, needs_la
         If there are new batches, and ``transfer_batch`` is False.
     """
     fields = dict(registry.fields)
-    for name, state in fields.items():
+    for name, state in sorted(fields.items(), key=lambda field: field[1]["kind"] == Proteins.kind):  # of panels
         if state["kind"] == Categorical.kind:
             without = name == "label_n" and not needs_labels and state["key"] not in data.obs
             fields[name] = state | {"key": None} if without else _extend_column(state, data)
         elif state["kind"] == Categoricals.kind:
             fields[name] = state | {"columns": [_extend_column(column, data) for column in state["columns"]]}
+        elif state["kind"] == Proteins.kind:
+            fields[name] = _extend_proteins(state, data, fields.get("panel_n", fields["batch_n"]))
     new = fields["batch_n"]["categories"][registry.n_batches :]
     if new and not transfer_batch:
         raise ValueError(
@@ -133,3 +136,10 @@ def _extend_column(state: dict[str, Any], data: Data) -> dict[str, Any]:
     known = {text_of(category) for category in state["categories"]}
     new = [c for c in categories_of(data, argument, key, modality) if text_of(c) not in known]
     return state | {"categories": [*state["categories"], *new]}
+
+
+def _extend_proteins(state: dict[str, Any], data: Data, panels: dict[str, Any]) -> dict[str, Any]:
+    """Which proteins were measured in each panel, new ones among them."""
+    panel_n, found_np = Categorical.read(data, panels), Proteins.read(data, state) > 0
+    new = range(len(state["measured"]), len(panels["categories"]))
+    return state | {"measured": [*state["measured"], *(found_np[panel_n == q].any(0).tolist() for q in new)]}

@@ -112,9 +112,13 @@ class Registry:
         return len(self.categories("batch_n"))
 
     @property
-    def n_categories(self) -> list[int]:
-        """Number of categories of each categorical covariate, the batch first."""
-        return [self.n_batches, *(len(column["categories"]) for column in self.fields["cats_nc"]["columns"])]
+    def n_categories(self) -> dict[str, int]:
+        """Number of categories of each categorical field; of each column, where a field has several."""
+        columns = {}
+        for name, state in self.fields.items():
+            columns |= {name: state} if "categories" in state else {}
+            columns |= {f"{name}.{i}": column for i, column in enumerate(state.get("columns", ()))}
+        return {name: len(column["categories"]) for name, column in columns.items() if "categories" in column}
 
     @property
     def n_labels(self) -> int:

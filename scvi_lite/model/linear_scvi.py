@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from scvi_lite.analysis import abundance, differential, expression, importance, latent, likelihood, minify, predictive
 from scvi_lite.data.fields import Categorical, Categoricals, Continuouses, Matrix
 from scvi_lite.errors import check_options
+from scvi_lite.model import query
 from scvi_lite.model.base import Model
 from scvi_lite.model.scvi import SCVIModule
 from scvi_lite.nn.configure import configure, library_prior
@@ -135,6 +136,8 @@ class LinearSCVI(Model):
     (20, 5)
     """
 
+    load_query_data = classmethod(query.load_query_data)
+    prepare_query_anndata = staticmethod(query.prepare_query_anndata)
     get_latent_representation = latent.get_latent_representation
     get_latent_library_size = latent.get_latent_library_size
     get_aggregated_posterior = latent.get_aggregated_posterior

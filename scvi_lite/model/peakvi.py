@@ -14,6 +14,7 @@ from scvi_lite.analysis import abundance, accessibility, latent, likelihood
 from scvi_lite.data.batch import Batch
 from scvi_lite.data.fields import Categorical, Categoricals, Continuouses, Matrix, check_keys
 from scvi_lite.errors import as_options, unknown
+from scvi_lite.model import query
 from scvi_lite.model.base import Model
 from scvi_lite.nn.accessibility import Accessibility, Head, default_sizes
 from scvi_lite.nn.configure import configure
@@ -174,6 +175,8 @@ class PEAKVI(Model):
 
     plan = PeakPlan(lr=1e-4, weight_decay=1e-3, eps=1e-8, optimizer="AdamW", n_epochs_kl_warmup=50)
 
+    load_query_data = classmethod(query.load_query_data)
+    prepare_query_anndata = staticmethod(query.prepare_query_anndata)
     get_latent_representation = latent.get_latent_representation
     get_aggregated_posterior = latent.get_aggregated_posterior
     get_elbo = likelihood.get_elbo

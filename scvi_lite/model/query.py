@@ -12,6 +12,7 @@ import pandas as pd
 from torch import Tensor
 
 from scvi_lite.analysis.minify import setup_for_counts
+from scvi_lite.data.genes import replace_modalities
 from scvi_lite.data.query import extend, fill_genes
 from scvi_lite.data.registry import Registry, check_data, note
 from scvi_lite.errors import warn
@@ -24,6 +25,7 @@ from scvi_lite.train.devices import choose_device
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from mudata import MuData
 
     from scvi_lite.io.folder import SavedModel
 
@@ -72,6 +74,8 @@ def prepare_query_anndata(
     True
     """
     var_names = _reference(reference_model).var_names
+    if isinstance(var_names, dict):
+        raise ValueError("reference_model was set up with a MuData: call prepare_query_mudata(mdata, reference_model).")
     if return_reference_var_names:
         return pd.Index(var_names)
     if inplace and adata.isbacked:
@@ -80,6 +84,50 @@ def prepare_query_anndata(
     if not inplace:
         return filled
     adata._init_as_actual(filled)
+    return None
+
+
+def prepare_query_mudata(
+    mdata: MuData,
+    reference_model: Model | str | Path,
+    return_reference_var_names: bool = False,
+    inplace: bool = True,
+) -> MuData | dict[str, pd.Index] | None:
+    """Give each modality of new data the features of a reference: see :meth:`prepare_query_anndata`.
+
+    Parameters
+    ----------
+    mdata
+        The query.
+    reference_model
+        A model, or the folder it was saved to.
+    return_reference_var_names
+        Only give the names of the reference's features, by modality.
+    inplace
+        Change ``mdata``; else give a new MuData.
+
+    Returns
+    -------
+    Nothing; or the new MuData, or the names.
+
+    Raises
+    ------
+    KeyError
+        If a modality is not there.
+    ValueError
+        If less than a quarter of the features of one are there, or the reference was set up with an AnnData.
+    """
+    var_names = _reference(reference_model).var_names
+    if not isinstance(var_names, dict):
+        raise ValueError("reference_model was set up with an AnnData: call prepare_query_anndata(adata, ...).")
+    if return_reference_var_names:
+        return {modality: pd.Index(names) for modality, names in var_names.items()}
+    check_data(mdata, var_names)
+    parts = {modality: fill_genes(mdata.mod[modality], names) for modality, names in var_names.items()}
+    filled = replace_modalities(mdata, parts)
+    if not inplace:
+        return filled
+    mdata._init_as_actual(filled)
     return None
 
 
@@ -169,7 +217,7 @@ def load_query_data(
         )
     old = setup_for_counts(Registry.from_dict(saved.registry))
     check_data(adata, old.modalities.values())
-    if inplace_subset_query_vars and set(saved.var_names) <= set(adata.var_names):
+    if inplace_subset_query_vars and not old.modalities and set(saved.var_names) <= set(adata.var_names):
         adata._inplace_subset_var(saved.var_names)
     new = extend(old, adata, transfer_batch, needs_labels=saved.arguments.get("dispersion") == "gene-label")
     freeze = Freeze(

@@ -14,6 +14,7 @@ from scvi_lite.data.fields import Categorical, Categoricals, Continuous, Continu
 from scvi_lite.data.modalities import read_modalities
 from scvi_lite.data.proteins import Proteins
 from scvi_lite.errors import as_options, check_options
+from scvi_lite.model import query
 from scvi_lite.model.base import Model
 from scvi_lite.nn.classifier import Adversary
 from scvi_lite.nn.configure import configure, library_prior
@@ -125,6 +126,9 @@ class TOTALVI(Model):
     plan = TotalPlan(lr=4e-3, n_epochs_kl_warmup=None, reduce_lr_on_plateau=True)
     reads_mudata = True
 
+    load_query_data = classmethod(query.load_query_data)
+    prepare_query_anndata = staticmethod(query.prepare_query_anndata)
+    prepare_query_mudata = staticmethod(query.prepare_query_mudata)
     get_latent_representation = latent.get_latent_representation
     get_latent_library_size = latent.get_latent_library_size
     get_aggregated_posterior = latent.get_aggregated_posterior

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from scvi_lite.nn.layers import Block, CovariateLinear
 from scvi_lite.nn.module import Frozen, Module
 
+COVARIATES = ("batch_n", "cats_nc")  # fields that have tables in a layer, in this order
 OF_LABELS = ("u_encoder", "z_decoder")  # networks over latent space and labels
 OWN_OF_THE_QUERY = ("library_encoder",)  # trained whole: how deep the query was sequenced is its own affair
 
@@ -67,7 +68,7 @@ def choose_frozen(module: Module, n_old: Mapping[str, int], freeze: Freeze) -> F
 
 
 def grow(
-    module: Module, state: Mapping[str, Tensor], n_old: Sequence[int], n_new: Sequence[int]
+    module: Module, state: Mapping[str, Tensor], n_old: Mapping[str, int], n_new: Mapping[str, int]
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
     """The weights of a reference, with rows for what is new in a query.
 
@@ -78,19 +79,21 @@ def grow(
     state
         Weights of the reference.
     n_old, n_new
-        Number of categories of each categorical covariate, the batch first, in the reference and with the query.
+        Number of categories of each categorical field, in the reference and with the query.
 
     Returns
     -------
     The weights, and for each parameter that has grown the number of rows that are the reference's.
     """
     state, fresh = dict(state), module.state_dict()
+    covariates = [(n_old[name], n_new[name]) for name in n_new if name.startswith(COVARIATES)]
     for prefix in {name.rpartition(".")[0] for name in fresh if re.search(r"(^|\.)tables\.\d+$", name)}:
-        state |= _align(prefix, state, fresh, n_old, n_new)
+        state |= _align(prefix, state, fresh, covariates)
     parameters, rows = dict(module.named_parameters()), {}
+    sizes = {(n_old[name], n_new[name]) for name in n_new if n_old[name] < n_new[name]}
     for name, tensor in fresh.items():
         old = state.get(name)
-        if old is None or old.ndim == 0 or old.shape[1:] != tensor.shape[1:] or len(old) >= len(tensor):
+        if old is None or old.ndim == 0 or old.shape[1:] != tensor.shape[1:] or (len(old), len(tensor)) not in sizes:
             continue  # nothing new; or weights of something else, which will be refused when they are loaded
         n = len(old)
         new = tensor[n:]  # of a buffer, what the query's cells say
@@ -101,7 +104,7 @@ def grow(
 
 
 def _align(
-    prefix: str, state: Mapping[str, Tensor], fresh: Mapping[str, Tensor], n_old: Sequence[int], n_new: Sequence[int]
+    prefix: str, state: Mapping[str, Tensor], fresh: Mapping[str, Tensor], covariates: Sequence[tuple[int, int]]
 ) -> dict[str, Tensor]:
     """The tables of a layer under the numbers they have now.
 
@@ -110,11 +113,11 @@ def _align(
     """
     now = _tables(prefix, fresh)
     before = iter(_tables(prefix, state))
-    old, new = list(n_old), list(n_new)
-    if [n for n in new if n > 1] != [len(table) for table in now[: sum(n > 1 for n in new)]]:
-        old, new = old[1:], new[1:]  # batches that are embedded have no table
+    sizes = [n for _, n in covariates if n > 1]
+    if sizes != [len(table) for table in now[: len(sizes)]]:
+        covariates = covariates[1:]  # batches that are embedded have no table
     aligned = []
-    for was, will_be in zip(old, new, strict=True):
+    for was, will_be in covariates:
         if will_be > 1:
             aligned.append(next(before, None) if was > 1 else now[len(aligned)].new_zeros(1, now[0].shape[1]))
     aligned += before  # tables of what is no covariate
