@@ -114,10 +114,10 @@ class Registry:
     @property
     def n_categories(self) -> dict[str, int]:
         """Number of categories of each categorical field; of each column, where a field has several."""
-        columns = {}
+        columns = dict(self.fields)
         for name, state in self.fields.items():
-            columns |= {name: state} if "categories" in state else {}
-            columns |= {f"{name}.{i}": column for i, column in enumerate(state.get("columns", ()))}
+            if state["kind"] == Categoricals.kind:
+                columns |= {f"{name}.{i}": column for i, column in enumerate(state["columns"])}
         return {name: len(column["categories"]) for name, column in columns.items() if "categories" in column}
 
     @property
