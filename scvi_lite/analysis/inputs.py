@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from scvi_lite.model.base import Model
 
-NUMBERS_AT_ONCE = 1 << 23  # size of the largest temporary array: 32 MiB in float32, which stays near the processor
+NUMBERS_AT_ONCE = 1 << 21  # size of the largest temporary array: 8 MiB in float32, which stay near the processor
 MAX_BATCH = 1024
 
 
@@ -120,7 +120,7 @@ def minibatch_size(batch_size: int | None, numbers_per_cell: int) -> int:
     """Cells in a minibatch: as asked for, else as many as keep temporary arrays small.
 
     >>> minibatch_size(None, 100), minibatch_size(None, 1 << 16), minibatch_size(7, 1 << 16)
-    (1024, 128, 7)
+    (1024, 32, 7)
     """
     if batch_size is None:
         batch_size = settings.batch_size

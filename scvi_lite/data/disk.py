@@ -37,12 +37,20 @@ class LazyStore:
         Their setup.
     row_n
         Cells of this store, in its order; all of them if not given.
+    with_counts
+        False gives cells without counts, for those who only ask for the rest.
     """
 
     device = torch.device("cpu")
 
-    def __init__(self, adata: AnnData | MuData, registry: Registry, row_n: np.ndarray | None = None):
+    def __init__(
+        self, adata: AnnData | MuData, registry: Registry, row_n: np.ndarray | None = None, with_counts: bool = True
+    ):
         self.counts = {name: registry.rows(adata, name) for name in registry.matrices}
+        if not with_counts:
+            nowhere_n = np.full(adata.n_obs, -1)
+            empty = {name: sparse.csr_matrix((0, rows.shape[1]), dtype=np.float32) for name, rows in self.counts.items()}
+            self.counts = {name: Rows(matrix, nowhere_n) for name, matrix in empty.items()}
         self.cells = cell_tensors(adata, registry)
         self.row_n = torch.arange(adata.n_obs) if row_n is None else torch.from_numpy(row_n)
 

@@ -115,13 +115,20 @@ class Model(ABC):
     _rows = staticmethod(cell_rows)
 
     def _minibatches(
-        self, adata: AnnData | None = None, indices: Any = None, batch_size: int | None = None
+        self,
+        adata: AnnData | None = None,
+        indices: Any = None,
+        batch_size: int | None = None,
+        with_counts: bool = True,
     ) -> Iterator[Batch]:
-        """Cells as minibatches on the model's device, in the order of ``indices``, without gradients."""
+        """Cells as minibatches on the model's device, in the order of ``indices``, without gradients.
+
+        Without counts, which decoding has no use for, those of all cells are zero.
+        """
         adata = self._check(adata)
         batch_size = (settings.batch_size or INFERENCE_BATCH) if batch_size is None else batch_size
         whole_number(batch_size=batch_size)
-        store = LazyStore(adata, self.registry, self._rows(adata, indices))
+        store = LazyStore(adata, self.registry, self._rows(adata, indices), with_counts)
         self.module.eval()
         for batch in store.batches(int(batch_size)):
             with torch.inference_mode():
