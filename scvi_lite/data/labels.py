@@ -120,7 +120,7 @@ class Supervision:
             )
         missing = [self.names[code] for code in (n_l == 0).nonzero().flatten().tolist()]
         if missing and told:
-            warn(f"No training cell has the label {listing(missing)}: it cannot be learned, and will not be predicted.")
+            warn(f"No training cell has the label {listing(missing)}: it cannot be learned.")
 
     def deal(self, label_n: Tensor, rank: int, world_size: int) -> tuple[Tensor, Tensor]:
         """Positions of one rank's cells, and of cells of other ranks whose labels it would not have.

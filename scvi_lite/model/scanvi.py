@@ -23,7 +23,7 @@ from scvi_lite.data import registry as registries
 from scvi_lite.data.fields import Categorical, Categoricals, Continuous, Continuouses, Field, Matrix, check_keys
 from scvi_lite.data.genes import match_genes
 from scvi_lite.data.labels import Labels, Supervision
-from scvi_lite.errors import StateError, as_options, warn, without_absent
+from scvi_lite.errors import StateError, warn, without_absent
 from scvi_lite.model import query
 from scvi_lite.model.base import Model
 from scvi_lite.nn.classifier import Adversary
@@ -340,8 +340,6 @@ class SCANVI(Model):
 
         if max_epochs is None and self._is_pretrained:
             max_epochs = min(10, max(2, round(heuristic_epochs(self.adata.n_obs) / 3)))
-        splitting = as_options("datasplitter_kwargs", datasplitter_kwargs)
-        share = splitting.pop("labeled_share", Supervision.share)
         adversary = None
         if adversarial_classifier:
             if self.registry.n_batches < 2:
@@ -356,21 +354,21 @@ class SCANVI(Model):
             validation_size=validation_size,
             shuffle_set_split=shuffle_set_split,
             batch_size=batch_size,
-            datasplitter_kwargs=splitting,
+            datasplitter_kwargs=datasplitter_kwargs,
             plan_kwargs=plan_kwargs,
             adversary=adversary,
-            supervision=self._supervision(share, n_samples_per_label),
+            supervision=self._supervision(n_samples_per_label),
             check_val_every_n_epoch=check_val_every_n_epoch,
             **trainer_kwargs,
         )
 
-    def _supervision(self, share: float, n_per_label: int | None) -> Supervision | None:
+    def _supervision(self, n_per_label: int | None) -> Supervision | None:
         """How labelled cells enter a training; on a query that need not teach the classifier, they come as they are."""
         names = self.registry.categories("label_n")[:-1]
         if self._is_query:
             learns = any(parameter.requires_grad for parameter in self.module.classifier.parameters())
             if not (learns and (self.registry.read(self.adata, "label_n") < len(names)).any()):
                 return None
-        return Supervision(names, share, n_per_label)
+        return Supervision(names, n_per_label=n_per_label)
 
     _is_pretrained = False  #: by SCVI, after which a few epochs will do

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +61,8 @@ def fit_model(
     """
     model._check_can_train()
     plan = make_plan(model.plan, plan_kwargs)
-    stopping, options = asked.sort_options({"early_stopping": early_stopping, **trainer_kwargs})
+    named = [name for name in inspect.signature(model.train).parameters if name != "trainer_kwargs"]
+    stopping, options = asked.sort_options({"early_stopping": early_stopping, **trainer_kwargs}, named)
     if max_epochs is not None:
         asked.check_whole("max_epochs", max_epochs)
         max_epochs = int(max_epochs)  # Lightning takes no integer of NumPy
@@ -70,7 +73,9 @@ def fit_model(
     batch_size = (settings.batch_size or 128) if batch_size is None else batch_size
     asked.check_whole("batch_size", batch_size, least=2)
     splitting = without_needless(as_options("datasplitter_kwargs", datasplitter_kwargs), asked.NEEDLESS)
-    check_options("datasplitter_kwargs", splitting, SPLITTING)
+    check_options("datasplitter_kwargs", splitting, SPLITTING if supervision is None else (*SPLITTING, "labeled_share"))
+    if supervision is not None and "labeled_share" in splitting:
+        supervision = replace(supervision, share=splitting["labeled_share"])
     options |= {"max_epochs": max_epochs, "accelerator": accelerator, "devices": devices, "strategy": strategy}
     ckpt_path = options.get("ckpt_path")
     start = _start(model, ckpt_path, splitting, train_size, validation_size, shuffle_set_split, batch_size)

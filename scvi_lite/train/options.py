@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -82,8 +82,8 @@ def check_whole(name: str, value: Any, least: int = 1) -> None:
         raise ValueError(f"{name}={value!r}: a whole number of at least {least} is needed.")
 
 
-def sort_options(options: Mapping[str, Any]) -> tuple[Stopping, dict[str, Any]]:
-    """Sort the options of ``train`` into ours and those of ``lightning.Trainer``.
+def sort_options(options: Mapping[str, Any], named: Iterable[str] = ()) -> tuple[Stopping, dict[str, Any]]:
+    """Sort the options of ``train`` into ours and those of ``lightning.Trainer``; ``named`` are its other arguments.
 
     Raises
     ------
@@ -98,7 +98,7 @@ def sort_options(options: Mapping[str, Any]) -> tuple[Stopping, dict[str, Any]]:
             raise TypeError(f"train() has no option {name!r}: {INSTEAD[name]}.")
     ours = [f.name for f in fields(Stopping)]
     theirs = list(inspect.signature(pl.Trainer).parameters)
-    check_options("train()", options, dict.fromkeys([*ours, *theirs, "ckpt_path"]))
+    check_options("train()", options, dict.fromkeys([*ours, *theirs, "ckpt_path", *named]))
     by_steps = isinstance(options.get("val_check_interval"), int)
     given = {k: v for k, v in options.items() if v is not None or (by_steps and k == "check_val_every_n_epoch")}
     given.setdefault("default_root_dir", settings.logging_dir)
