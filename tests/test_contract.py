@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import scvi_lite
 from scvi_lite.data.batch import Batch
-from scvi_lite.model import PEAKVI, SCANVI, SCVI, CondSCVI, LinearSCVI
+from scvi_lite.model import MULTIVI, PEAKVI, SCANVI, SCVI, CondSCVI, LinearSCVI
 
 SILENT = {"accelerator": "cpu", "enable_progress_bar": False}
 SMALL = {"n_hidden": 8, "n_latent": 3}
@@ -63,6 +63,12 @@ CASES = {
     "SCANVI, by label": Case(SCANVI, SOME_LABELS, {"dispersion": "gene-label", "latent_distribution": "ln"}),
     "PEAKVI": Case(PEAKVI, BATCH),
     "PEAKVI, covariates": Case(PEAKVI, COVARIATES, {"encode_covariates": True, "deeply_inject_covariates": True}),
+    "MULTIVI": Case(MULTIVI, BATCH, {"n_genes": 7, "modality_weights": "universal", "gene_likelihood": "nb"}),
+    "MULTIVI, covariates": Case(
+        MULTIVI,
+        COVARIATES | {"size_factor_key": "size"},
+        {"n_regions": 5, "modality_weights": "cell", "modality_penalty": "MMD", "encode_covariates": True},
+    ),
     "PEAKVI, bare": Case(PEAKVI, {}, {"model_depth": False, "region_factors": False, "latent_distribution": "ln"}),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)

@@ -80,8 +80,8 @@ def check_mudata(mdata: Any, modalities: Iterable[str]) -> None:
 
 def _check_modality(mdata: MuData, modality: str) -> None:
     adata = mdata.mod[modality]
-    if adata.n_vars == 0 or adata.n_obs == 0:
-        raise ValueError(f"mdata[{modality!r}] has {adata.n_obs} cells and {adata.n_vars} features.")
+    if adata.n_vars == 0:
+        raise ValueError(f"mdata[{modality!r}] has no features.")
     for axis, names in (("obs", adata.obs_names), ("var", adata.var_names)):
         if not names.is_unique:
             raise ValueError(

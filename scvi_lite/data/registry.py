@@ -188,6 +188,8 @@ def register(adata: Data, model_name: str, fields: Sequence[Field], setup_args: 
     """
     modalities = [field.modality for field in fields if field.modality is not None]
     check_data(adata, modalities)
+    if empty := [modality for modality in modalities if part_of(adata, modality).n_obs == 0]:  # as a query's may be
+        raise ValueError(f"mdata[{empty[0]!r}] has no cells, and the model is to learn from some.")
     if adata.isbacked and adata.is_view:
         raise ValueError(
             "adata is a view of a backed file, in which nothing can be noted. Call setup_anndata with the whole "

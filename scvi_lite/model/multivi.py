@@ -15,8 +15,10 @@ from scvi_lite.analysis import abundance, accessibility, differential, latent, l
 from scvi_lite.data.batch import Batch
 from scvi_lite.data.fields import Matrix, check_keys, columns_of_obs
 from scvi_lite.data.modalities import read_modalities
+from scvi_lite.data.multiome import GENES, genes_of
 from scvi_lite.data.registry import Registry
 from scvi_lite.errors import as_options
+from scvi_lite.model import query
 from scvi_lite.model.base import Model
 from scvi_lite.nn.accessibility import default_sizes
 from scvi_lite.nn.classifier import Adversary
@@ -30,9 +32,6 @@ if TYPE_CHECKING:
     from mudata import MuData
 
     Data = AnnData | MuData
-
-GENES = "Gene Expression"  # how feature types are called in files of 10x Genomics
-KINDS_OF_FEATURES = ("modality", "feature_types")  # columns of var that say so
 
 
 class MULTIVI(Model):
@@ -103,6 +102,9 @@ class MULTIVI(Model):
     plan = AdversarialPlan(lr=1e-4, weight_decay=1e-3, eps=1e-8, optimizer="AdamW", n_epochs_kl_warmup=50)
     reads_mudata = True
 
+    load_query_data = classmethod(query.load_query_data)
+    prepare_query_anndata = staticmethod(query.prepare_query_anndata)
+    prepare_query_mudata = staticmethod(query.prepare_query_mudata)
     get_latent_representation = multiome.get_latent_representation
     get_aggregated_posterior = latent.get_aggregated_posterior
     get_elbo = likelihood.get_elbo
@@ -174,8 +176,10 @@ class MULTIVI(Model):
         config = configure(self.registry, options | {"n_cells": self.registry.n_cells}, MultiConfig)
         return MULTIVIModule(replace(config, n_genes=n_genes))
 
-    def _minibatches(self, adata: Any = None, indices: Any = None, batch_size: int | None = None) -> Iterator[Batch]:
-        for batch in super()._minibatches(adata, indices, batch_size):
+    def _minibatches(
+        self, adata: Any = None, indices: Any = None, batch_size: int | None = None, with_counts: bool = True
+    ) -> Iterator[Batch]:
+        for batch in super()._minibatches(adata, indices, batch_size, with_counts):
             is_own = adata is None or adata is self._adata
             yield batch if is_own else replace(batch, row_n=torch.full_like(batch.row_n, -1))
 
@@ -394,7 +398,15 @@ class MULTIVI(Model):
         accessibility.note_counts(peaks.read(mdata, peaks.state(layer=atac_layer)))
 
 
-NOT_OF_THE_NETWORK = ("n_genes", "n_regions", "n_hidden", "n_latent", "n_layers_encoder", "fully_paired", "protein_dispersion")
+NOT_OF_THE_NETWORK = (
+    "n_genes",
+    "n_regions",
+    "n_hidden",
+    "n_latent",
+    "n_layers_encoder",
+    "fully_paired",
+    "protein_dispersion",
+)
 
 
 def count_genes(adata: AnnData, n_genes: int | None, n_regions: int | None) -> int:
@@ -406,20 +418,17 @@ def count_genes(adata: AnnData, n_genes: int | None, n_regions: int | None) -> i
         If the numbers do not fit the data, or nothing tells.
     """
     if n_genes is None and n_regions is None:
-        for column in KINDS_OF_FEATURES:
-            if column in adata.var and (adata.var[column] == GENES).any():
-                is_gene = (adata.var[column] == GENES).to_numpy()
-                if not is_gene[: is_gene.sum()].all():
-                    raise ValueError(
-                        f"adata.var[{column!r}]: genes and regions are mixed, and genes must come first. Call "
-                        "adata = scvi_lite.data.organize_multiome_anndatas(adata) first."
-                    )
-                n_genes = int(is_gene.sum())
-                break
-        else:
+        is_gene = genes_of(adata)
+        if is_gene is None:
             raise ValueError(
                 "Which variables are genes? Give MULTIVI(adata, n_genes=..., n_regions=...), of which genes come "
                 f'first, or write {GENES!r} or "Peaks" in adata.var["modality"].'
+            )
+        n_genes = int(is_gene.sum())
+        if not is_gene[:n_genes].all():
+            raise ValueError(
+                "Genes and regions are mixed, and genes must come first. Call "
+                "adata = scvi_lite.data.organize_multiome_anndatas(adata), and setup_anndata again."
             )
     n_genes = adata.n_vars - n_regions if n_genes is None else n_genes
     n_regions = adata.n_vars - n_genes if n_regions is None else n_regions

@@ -1,0 +1,290 @@
+"""MULTIVI: the peer's recorded answers, cells that lack a modality, imputation, joined data, and bad input."""
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+import torch
+from conftest import SHARED
+from mudata import MuData, read_h5mu, set_options
+from scipy.stats import norm
+
+from scvi_lite.data import organize_multiome_anndatas
+from scvi_lite.model import MULTIVI
+from scvi_lite.nn.multivi import jeffreys, mmd
+from scvi_lite.nn.vae import Posterior
+
+GOLDEN = SHARED / "golden" / "multivi"
+SILENT = {"accelerator": "cpu", "enable_progress_bar": False}
+WHERE = {"rna_layer": "rna", "atac_layer": "atac"}
+N_GENES, N_REGIONS = 20, 30
+
+
+@pytest.fixture(autouse=True)
+def as_it_will_be():
+    """mudata changes a default, and warns of it."""
+    with set_options(pull_on_update=False):
+        yield
+
+
+def two_types(n_cells=240, seed=0):
+    """RNA and chromatin of two types of cells, which differ in half of their genes and regions."""
+    rng = np.random.default_rng(seed)
+    kind = np.arange(n_cells) % 2
+    mean_kg = np.full((2, N_GENES), 4.0)
+    mean_kg[0, :5], mean_kg[1, 5:10] = 30.0, 30.0
+    p_kr = np.full((2, N_REGIONS), 0.4)
+    p_kr[0, :10], p_kr[1, :10], p_kr[0, 10:20], p_kr[1, 10:20] = 0.8, 0.05, 0.05, 0.8
+    rna = anndata.AnnData(sp.csr_matrix(rng.poisson(mean_kg[kind]).astype(np.float32)))
+    atac = anndata.AnnData(sp.csr_matrix((rng.random((n_cells, N_REGIONS)) < p_kr[kind]).astype(np.float32)))
+    for part, name in ((rna, "gene"), (atac, "region")):
+        part.var_names = [f"{name}_{i}" for i in range(part.n_vars)]
+        part.obs_names = [f"cell_{i}" for i in range(n_cells)]
+    return rna, atac, kind
+
+
+def mosaic(order=("rna", "atac"), shuffled=False):
+    """A third of the cells with both, a third with RNA, a third with chromatin."""
+    rna, atac, kind = two_types()
+    rng = np.random.default_rng(1)
+    has_rna, has_atac = np.arange(160), np.arange(80, 240)
+    if shuffled:
+        has_rna, has_atac = rng.permutation(has_rna), rng.permutation(has_atac)
+    parts = {"rna": rna[has_rna].copy(), "atac": atac[has_atac].copy()}
+    mdata = MuData({name: parts[name] for name in order})[rna.obs_names].copy()
+    mdata.obs["kind"] = np.array(["first", "second"])[kind]
+    mdata.obs["has"] = np.repeat(["expression", "paired", "accessibility"], 80)
+    return mdata, rna, atac, kind
+
+
+@pytest.fixture(scope="module")
+def trained():
+    with set_options(pull_on_update=False):
+        mdata, rna, atac, kind = mosaic(("atac", "rna"), shuffled=True)
+        MULTIVI.setup_mudata(mdata, batch_key="has", modalities=WHERE)
+        torch.manual_seed(0)
+        model = MULTIVI(mdata, n_hidden=32, n_latent=4)
+        model.train(60, lr=5e-3, batch_size=48, n_epochs_kl_warmup=20, early_stopping=False, **SILENT)
+        return model, rna, atac, kind
+
+
+def recorded():
+    with np.load(GOLDEN / "outputs.npz") as arrays:
+        return dict(arrays)
+
+
+@pytest.mark.skipif(not GOLDEN.exists(), reason="the recorded model is not here")
+def test_recorded_answers(tmp_path):
+    mdata, outputs = read_h5mu(GOLDEN / "mdata.h5mu"), recorded()
+    model = MULTIVI.load(GOLDEN, mdata, accelerator="cpu")
+    model.save(tmp_path / "ours")
+    for answering in (model, MULTIVI.load(tmp_path / "ours", mdata, accelerator="cpu")):
+        for modality in ("joint", "expression", "accessibility"):
+            z_nk = answering.get_latent_representation(modality=modality)
+            np.testing.assert_allclose(z_nk, outputs[f"z_{modality}"], rtol=1e-4, atol=1e-5)
+        for found, name in (
+            (answering.get_normalized_expression(), "normalized_expression"),
+            (answering.get_normalized_accessibility(), "normalized_accessibility"),
+            (answering.get_region_factors(), "region_factors"),
+        ):
+            np.testing.assert_allclose(found, outputs[name], rtol=1e-4, atol=1e-7)
+
+
+def test_imputes_what_a_cell_lacks(trained):
+    """From chromatin the genes of its type, and from genes its regions."""
+    model, _, _, kind = trained
+    only_atac, only_rna = np.arange(160, 240), np.arange(80)
+    expression = model.get_normalized_expression(indices=only_atac, transform_batch="paired", return_numpy=True)
+    first = kind[only_atac] == 0
+    marker = expression[:, :5].sum(1) / expression[:, :10].sum(1)
+    assert marker[first].min() > 0.7 and marker[~first].max() < 0.3
+    p_nr = model.get_normalized_accessibility(indices=only_rna, return_numpy=True)
+    first = kind[only_rna] == 0
+    assert p_nr[first, :10].mean() > 2 * p_nr[~first, :10].mean()
+    assert p_nr[~first, 10:20].mean() > 2 * p_nr[first, 10:20].mean()
+    np.testing.assert_allclose(expression.sum(1), 1, rtol=1e-5)
+
+
+def test_latent_spaces(trained):
+    model, _, _, kind = trained
+    z_nk = model.get_latent_representation()
+    assert np.isfinite(z_nk).all()
+    centres = [z_nk[kind == k].mean(0) for k in (0, 1)]
+    nearest = np.argmin([((z_nk - centre) ** 2).sum(1) for centre in centres], axis=0)
+    assert (nearest == kind).mean() > 0.95
+    of_rna = model.get_latent_representation(modality="expression")
+    of_atac = model.get_latent_representation(modality="accessibility")
+    assert np.isnan(of_rna[160:]).all() and np.isnan(of_atac[:80]).all()
+    np.testing.assert_allclose(z_nk[:80], of_rna[:80], atol=1e-5)
+    np.testing.assert_allclose(z_nk[160:], of_atac[160:], atol=1e-5)
+    np.testing.assert_allclose(z_nk[80:160], (of_rna + of_atac)[80:160] / 2, atol=1e-5)
+    assert model.get_latent_representation(modality="expression", give_mean=False).shape == z_nk.shape
+    with pytest.raises(ValueError, match="Did you mean 'expression'"):
+        model.get_latent_representation(modality="expresion")
+
+
+def test_order_of_modalities_and_cells_does_not_matter(trained):
+    model, *_ = trained
+    mdata, *_ = mosaic(("rna", "atac"))
+    MULTIVI.setup_mudata(mdata, batch_key="has", modalities=WHERE)
+    np.testing.assert_allclose(
+        model.get_latent_representation(mdata), model.get_latent_representation(), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_differences(trained):
+    model, rna, *_ = trained
+    genes = model.differential_expression(groupby="kind", group1="first", group2="second", silent=True)
+    assert (genes.loc[rna.var_names[:5], "lfc_mean"] > 1).all()
+    assert set(genes.index[genes["is_de_fdr_0.05"]]) >= set(rna.var_names[:10])
+    regions = model.differential_accessibility(groupby="kind", group1="first", group2="second", silent=True)
+    assert (regions.loc[[f"region_{i}" for i in range(10)], "effect_size"] < -0.1).all()
+    # Cells without RNA are no cells without the gene.
+    has_rna = (model.adata.obs["kind"] == "first").to_numpy() & (model.adata.obs["has"] != "accessibility").to_numpy()
+    mean_g = np.asarray(rna.X[has_rna].mean(0))[0]
+    np.testing.assert_allclose(genes.loc[rna.var_names, "raw_mean1"], mean_g, rtol=1e-4)
+
+
+def test_answers(trained):
+    model, *_ = trained
+    factors = model.get_library_size_factors()
+    assert np.isnan(factors["expression"][160:]).all() and (factors["expression"][:160] > 1).all()
+    assert np.isnan(factors["accessibility"][:80]).all() and (factors["accessibility"][80:] < 1).all()
+    errors = model.get_reconstruction_error(return_mean=False)
+    assert (errors["reconstruction_loss_expression"][160:] == 0).all()
+    assert (errors["reconstruction_loss_accessibility"][:80] == 0).all()
+    assert float(model.get_marginal_ll(n_mc_samples=30)) > float(model.get_elbo())
+    draws = model.get_normalized_expression(use_z_mean=False, n_samples=3, gene_list=["gene_3", "gene_1"])
+    assert draws.shape == (3, 240, 2)
+    assert model.get_normalized_expression(n_samples_overall=7, transform_batch=["paired", "expression"]).shape == (
+        7,
+        20,
+    )
+    assert model.history["modality_penalty_train"].iloc[-1, 0] >= 0
+    assert model.summary_stats["n_cells"] == 240
+    with pytest.raises(ValueError, match="use_z_mean=False"):
+        model.get_normalized_expression(n_samples=3)
+
+
+def test_joined_data_say_the_same_as_a_mudata():
+    """Three AnnDatas joined, and a MuData with missing cells: one network gives both the same answers."""
+    mdata, rna, atac, _ = mosaic()
+    both = anndata.concat([rna[80:160], atac[80:160]], axis=1)
+    both.var["modality"] = ["Gene Expression"] * N_GENES + ["Peaks"] * N_REGIONS
+    joined = organize_multiome_anndatas(both, rna[:80], atac[160:])
+    assert joined.obs["modality"].value_counts().to_dict() == dict.fromkeys(
+        ["paired", "expression", "accessibility"], 80
+    )
+    MULTIVI.setup_anndata(joined, batch_key="modality")
+    one = MULTIVI(joined, n_hidden=8, n_latent=2)
+    assert one._gene_names == rna.var_names.tolist() and one._region_names == atac.var_names.tolist()
+    MULTIVI.setup_mudata(mdata, batch_key="has", modalities=WHERE)
+    other = MULTIVI(mdata, n_hidden=8, n_latent=2)
+    other.module.load_state_dict(one.module.state_dict())
+    one.is_trained = other.is_trained = True
+    in_order = [f"cell_{i}" for i in range(240)]
+    places = [list(joined.obs_names.str.split("_").str[:2].str.join("_")).index(name) for name in in_order]
+    for ask in (
+        lambda model: model.get_latent_representation(),
+        lambda model: model.get_normalized_accessibility(return_numpy=True),
+        lambda model: model.get_library_size_factors()["expression"],
+    ):
+        np.testing.assert_allclose(ask(one)[places], ask(other), rtol=1e-4, atol=1e-6)
+    one.train(1, **SILENT)
+
+
+def test_saved_and_loaded(trained, tmp_path):
+    model, *_ = trained
+    model.save(tmp_path / "model", save_anndata=True)
+    loaded = MULTIVI.load(tmp_path / "model")
+    np.testing.assert_array_equal(loaded.get_latent_representation(), model.get_latent_representation())
+
+
+@pytest.mark.parametrize("weights", ["universal", "cell"])
+def test_learned_weights(weights):
+    mdata, *_ = mosaic()
+    MULTIVI.setup_mudata(mdata, modalities=WHERE)
+    model = MULTIVI(mdata, n_hidden=8, n_latent=2, modality_weights=weights, modality_penalty="MMD")
+    with torch.no_grad():
+        model.module.weight_logit.copy_(torch.tensor([1.0, 3.0]).expand_as(model.module.weight_logit))
+    (batch,) = model._minibatches()
+    weight_n2 = model.module.weights(batch).detach().numpy()
+    share = 1 / (1 + np.exp(2))
+    np.testing.assert_allclose(weight_n2[[0, 100, 200]], [[1, 0], [share, 1 - share], [0, 1]], rtol=1e-5)
+    model.train(2, adversarial_mixing=False, **SILENT)
+    other, *_ = mosaic()
+    assert np.isfinite(model.get_latent_representation(other[70:100].copy())).all()
+
+
+def test_query_of_cells_with_one_modality(trained):
+    """New cells of which none has chromatin."""
+    model, *_ = trained
+    mdata, *_ = mosaic()
+    query = mdata[:30].copy()
+    assert query["atac"].n_obs == 0
+    p_nr = model.get_normalized_accessibility(query, return_numpy=True)
+    np.testing.assert_allclose(p_nr, model.get_normalized_accessibility(indices=np.arange(30), return_numpy=True), 1e-4)
+    with pytest.raises(ValueError, match="has no cells"):
+        MULTIVI.setup_mudata(query, modalities=WHERE)
+
+
+def test_cells_without_counts():
+    """Cells with none in one modality are as cells that lack it; with none in both, as the prior."""
+    rna, atac, _ = two_types(60)
+    for part, empty in ((rna, slice(20)), (atac, slice(10, 30))):
+        counts = part.X.toarray()
+        counts[empty] = 0
+        part.X = sp.csr_matrix(counts)
+    mdata = MuData({"rna": rna, "atac": atac})
+    MULTIVI.setup_mudata(mdata, modalities=WHERE)
+    model = MULTIVI(mdata, n_hidden=8, n_latent=2)
+    model.train(3, **SILENT)
+    assert all(np.isfinite(frame.to_numpy()).all() for frame in model.history.values())
+    mean_nk, variance_nk = model.get_latent_representation(return_dist=True)
+    assert (mean_nk[10:20] == 0).all() and (variance_nk[10:20] == 1).all()
+    assert (mean_nk[30:] != 0).all()
+
+
+def test_divergences():
+    """Against the integral of the Jeffreys divergence, and MMD of samples of the same and of different populations."""
+    one = Posterior(torch.tensor([[0.3]]), torch.tensor([[1.2]]))
+    other = Posterior(torch.tensor([[-0.5]]), torch.tensor([[0.7]]))
+    x = np.linspace(-15, 15, 200_001)
+    p, q = norm(0.3, 1.2), norm(-0.5, 0.7)
+    integral = np.sum((p.pdf(x) - q.pdf(x)) * (p.logpdf(x) - q.logpdf(x))) * (x[1] - x[0])
+    assert float(jeffreys(one, other)[0]) == pytest.approx(integral, rel=1e-5)
+    torch.manual_seed(0)
+    x_nk, y_nk, some_n = torch.randn(500, 2), torch.randn(500, 2), torch.ones(500)
+    assert float(mmd(x_nk, y_nk, some_n)) < 0.02 < float(mmd(x_nk, y_nk + 1, some_n))
+    few_n = (torch.arange(500) < 9).float()
+    torch.testing.assert_close(mmd(x_nk, y_nk, few_n), mmd(x_nk[:9], y_nk[:9], some_n[:9]))
+
+
+def test_bad_input():
+    mdata, rna, atac, _ = mosaic()
+    with pytest.raises(ValueError, match="which modality atac_layer is for"):
+        MULTIVI.setup_mudata(mdata, modalities={"rna_layer": "rna"})
+    with pytest.raises(KeyError, match="Did you mean 'atac'"):
+        MULTIVI.setup_mudata(mdata, modalities=WHERE | {"atac_layer": "ATAC"})
+    MULTIVI.setup_mudata(mdata, modalities=WHERE)
+    with pytest.raises(ValueError, match="Did you mean 'Jeffreys'"):
+        MULTIVI(mdata, modality_penalty="jeffreys")
+    with pytest.raises(ValueError, match="modality_weights='same'"):
+        MULTIVI(mdata, modality_weights="same")
+    both = anndata.concat([rna, atac], axis=1)
+    MULTIVI.setup_anndata(both)
+    with pytest.raises(ValueError, match="Which variables are genes"):
+        MULTIVI(both)
+    with pytest.raises(ValueError, match="do not add up to the 50 variables"):
+        MULTIVI(both, n_genes=20, n_regions=20)
+    both.var["feature_types"] = pd.Series(["Peaks"] * N_REGIONS + ["Gene Expression"] * N_GENES, index=both.var_names)
+    with pytest.raises(ValueError, match="genes must come first"):
+        MULTIVI(both)
+    assert organize_multiome_anndatas(both).var_names[0] == "region_10"
+    with pytest.raises(ValueError, match="does not tell genes"):
+        organize_multiome_anndatas(rna, rna, atac)
+    foreign = rna.copy()
+    foreign.var_names = [f"other_{i}" for i in range(N_GENES)]
+    with pytest.raises(ValueError, match="rna_anndata: none of its 20 features"):
+        organize_multiome_anndatas(both, foreign)
