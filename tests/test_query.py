@@ -13,7 +13,7 @@ from scipy import sparse
 
 import scvi_lite
 from scvi_lite.data.gene_names import LEAST_SHARE
-from scvi_lite.model import SCANVI, SCVI
+from scvi_lite.model import MULTIVI, PEAKVI, SCANVI, SCVI, TOTALVI, LinearSCVI
 
 SILENT = {"accelerator": "cpu", "enable_progress_bar": False}
 FAST = {"max_epochs": 2, "batch_size": 32, **SILENT}
@@ -102,6 +102,51 @@ def test_reference_answers_as_before(network, plan):
         assert np.array_equal(ours, theirs)
     q0 = (query.obs["batch"] == "q0").to_numpy()
     assert not np.array_equal(answers(mapped, query)[1][q0], new[1][q0])
+
+
+def chromatin(*batches, seed=0):
+    adata = cells(*batches, seed=seed)
+    adata.X = (adata.X > adata.X.mean()).astype(np.float32)
+    return adata
+
+
+def proteins(*batches, seed=0):
+    np.random.seed(seed)
+    adata = scvi_lite.data.synthetic_iid(batch_size=40, n_genes=20, n_proteins=6, n_batches=len(batches))
+    adata.obs["batch"] = np.repeat(batches, 40)
+    return adata
+
+
+def multiome(*batches, seed=0):
+    rna, peaks = cells(*batches, seed=seed), chromatin(*batches, seed=seed + 10)
+    peaks.var_names = [f"peak_{i}" for i in range(peaks.n_vars)]
+    return anndata.concat([rna, peaks], axis=1, merge="first")
+
+
+PROTEINS = BATCH | {"protein_expression_obsm_key": "protein_expression"}
+MODELS = {
+    "LinearSCVI": (LinearSCVI, cells, BATCH, {}),
+    "PEAKVI": (PEAKVI, chromatin, BATCH, {"encode_covariates": True}),
+    "TOTALVI": (TOTALVI, proteins, PROTEINS, {"protein_dispersion": "protein-batch"}),
+    "MULTIVI": (MULTIVI, multiome, BATCH, {"n_genes": 20, "n_regions": 20, "encode_covariates": True}),
+}
+
+
+@pytest.mark.parametrize("kind, make, setup, options", MODELS.values(), ids=MODELS)
+def test_every_model_maps_queries(kind, make, setup, options, tmp_path):
+    adata, query = make("r0", "r1"), make("q0", "r1", seed=1)
+    kind.setup_anndata(adata, **setup)
+    model = kind(adata, **SMALL | options)
+    model.train(**FAST)
+    model.save(tmp_path / "reference")
+    mapped = map_untrained(query, model, freeze_batchnorm_decoder=True)
+    before = copied(mapped)
+    mapped.train(**FAST, plan_kwargs={"weight_decay": 0.1})
+    moved = {name for name in changed(mapped, before) if not name.startswith("library_encoder")}
+    assert moved
+    assert all(name.endswith("[2]") for name in moved)
+    assert np.array_equal(mapped.get_latent_representation(adata), model.get_latent_representation())
+    assert mapped.get_latent_representation().shape == (80, 3)
 
 
 def test_latent_space_is_held_by_default():
@@ -571,3 +616,35 @@ def test_from_a_mapped_scvi():
     labelled = SCANVI.from_scvi_model(mapped, unlabeled_category="label_0")
     labelled.train(**FAST)
     assert len(labelled.predict()) == 40
+
+
+# Several modalities ---------------------------------------------------------------------------------------------------
+
+
+def test_modalities_get_the_features_of_the_reference():
+    from mudata import MuData, set_options
+
+    def make(batch, n_genes, n_proteins):
+        parts = {"rna": cells(batch, n_genes=n_genes), "protein": cells(batch, n_genes=n_proteins, seed=1)}
+        parts["protein"].var_names = [f"protein_{i}" for i in range(n_proteins)]
+        mdata = MuData(parts)
+        mdata.obs["batch"] = batch
+        return mdata
+
+    with set_options(pull_on_update=False):
+        reference, query, adata = make("r0", 20, 6), make("q0", 16, 8), cells("q0")
+        TOTALVI.setup_mudata(reference, batch_key="batch", modalities={"rna_layer": "rna", "protein_layer": "protein"})
+        model = TOTALVI(reference, **SMALL)
+        with pytest.warns(UserWarning, match="16 of the reference's 20 genes"):
+            filled = TOTALVI.prepare_query_mudata(query, model, inplace=False)
+        assert query.mod["rna"].n_vars == 16
+        with pytest.warns(UserWarning, match="'gene_16'"):
+            TOTALVI.prepare_query_mudata(query, model)
+        for mdata in (filled, query):
+            assert [part.n_vars for part in mdata.mod.values()] == [20, 6]
+            assert np.array_equal(mdata.mod["rna"].X[:, :16], cells("q0", n_genes=16).X)
+            assert mdata.obs["batch"].eq("q0").all()
+        names = TOTALVI.prepare_query_mudata(query, model, return_reference_var_names=True)
+        assert names["rna"].equals(reference.mod["rna"].var_names)
+        with pytest.raises(ValueError, match="prepare_query_mudata"):
+            TOTALVI.prepare_query_anndata(adata, model)

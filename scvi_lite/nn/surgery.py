@@ -64,7 +64,8 @@ def choose_frozen(module: Module, n_old: Mapping[str, int], freeze: Freeze) -> F
             weights += [name] if held and name not in n_old else []
         if (held and isinstance(of, nn.BatchNorm1d)) or (freeze.dropout and isinstance(of, Block | nn.Dropout)):
             still.append(path)
-    return Frozen(tuple(weights), dict(n_old), tuple(still))
+    rows = {name: n for name, n in n_old.items() if name.partition(".")[0] not in OWN_OF_THE_QUERY}
+    return Frozen(tuple(weights), rows, tuple(still))
 
 
 def grow(
