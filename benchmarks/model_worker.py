@@ -46,7 +46,7 @@ def linear(scvi: Any, adata: Any) -> Any:
 
 def condscvi(scvi: Any, adata: Any) -> Any:
     scvi.model.CondSCVI.setup_anndata(adata, labels_key="cell_type")
-    return scvi.model.CondSCVI(adata)
+    return scvi.model.CondSCVI(adata, prior="mog")  # which DestVI of scvi-tools needs
 
 
 def destvi(scvi: Any, adata: Any) -> Any:
