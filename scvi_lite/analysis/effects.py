@@ -70,12 +70,15 @@ class Pairs:
         first, other = (torch.randint(n, (n_permuted,)).numpy() for _ in range(2))
         return cls(first, other - other % period + first % period if same_batches else other)
 
-    def blocks(self, one: Draws, two: Draws) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Paired draws of a few genes at a time, (genes, pairs) each."""
+    def blocks(
+        self, one: Draws, two: Draws, first: int = 0, last: int | None = None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Paired draws of the genes ``first:last``, a few at a time, (genes, pairs) each."""
         n_genes, n_draws = one.value_gs.shape
         step = max(1, BLOCK // (n_draws if self.first is None else len(self.first)))
-        for start in range(0, n_genes, step):
-            x1, x2 = (draws.value_gs[start : start + step] for draws in (one, two))
+        last = n_genes if last is None else last
+        for start in range(first, last, step):
+            x1, x2 = (draws.value_gs[start : min(start + step, last)] for draws in (one, two))
             yield x1 if self.first is None else x1[:, self.first], x2 if self.second is None else x2[:, self.second]
 
 
@@ -87,7 +90,7 @@ class Vanilla:
 
     def __call__(self, one: Draws, two: Draws, pairs: Pairs) -> Columns:
         """Columns of the result, (g,) each."""
-        greater = [(x1 > x2).mean(1) for x1, x2 in pairs.blocks(one, two)]
+        greater = [np.count_nonzero(x1 > x2, 1) / x1.shape[1] for x1, x2 in pairs.blocks(one, two)]
         p_g = np.concatenate(greater)
         return {"proba_m1": p_g, "proba_m2": 1 - p_g, "bayes_factor": log_odds(p_g), **scales(one, two)}
 
@@ -137,27 +140,44 @@ class Change:
 
     def __call__(self, one: Draws, two: Draws, pairs: Pairs) -> Columns:
         """Columns of the result, (g,) each."""
+        from scvi_lite.data.kernels import in_threads
+
         offset = estimate_pseudocounts(one, two) if self.pseudocounts is None else self.pseudocounts
         effect = self._effect_with(np.float32(offset))
         edges = [q for level in self.intervals for q in ((1 - level) / 2, (1 + level) / 2)]
-        parts, p_parts = [], []
-        for x1, x2 in pairs.blocks(one, two):
-            effect_gs = effect(x1, x2)
-            parts.append(_summary(effect_gs, edges))
-            if self.delta is not None:
-                p_parts.append(self.probability(effect_gs, self.delta))
-        about = {name: np.concatenate([part[name] for part in parts], axis=-1) for name in parts[0]}
-        delta = self.delta
+
+        def describe(effect_gs: np.ndarray) -> Columns:
+            known = {} if self.delta is None else {"p": self.probability(effect_gs, self.delta)}
+            return _summary(effect_gs, edges) | known
+
+        def ask(question: Callable[[np.ndarray], Columns]) -> Columns:
+            def share(first: int, last: int) -> list[Columns]:
+                return [question(effect(x1, x2)) for x1, x2 in pairs.blocks(one, two, first, last)]
+
+            # NumPy's own functions may run in threads; those of a user might mind.
+            shares = (
+                in_threads(share, len(one.value_gs), one.value_gs.size)
+                if self._is_plain
+                else [share(0, len(one.value_gs))]
+            )
+            parts = [part for share in shares for part in share]
+            return {name: np.concatenate([part[name] for part in parts], axis=-1) for name in parts[0]}
+
+        about, delta = ask(describe), self.delta
         if delta is None:  # known only once all genes have been seen
             delta = estimate_delta(about["lfc_mean"])
-            p_parts = [self.probability(effect(x1, x2), delta) for x1, x2 in pairs.blocks(one, two)]
-        p_g, quantiles = np.concatenate(p_parts), about.pop("quantiles")
+            about |= ask(lambda effect_gs: {"p": self.probability(effect_gs, delta)})
+        p_g, quantiles = about.pop("p"), about.pop("quantiles", None)
         result = {"proba_de": p_g, "proba_not_de": 1 - p_g, "bayes_factor": log_odds(p_g), **scales(one, two)}
         result |= {"pseudocounts": np.float32(offset), "delta": float(delta), **about}
         for i, level in enumerate(self.intervals):
             result[f"lfc_confidence_interval_{level}_min"] = quantiles[2 * i]
             result[f"lfc_confidence_interval_{level}_max"] = quantiles[2 * i + 1]
         return result
+
+    @property
+    def _is_plain(self) -> bool:
+        return self.effect is None and self.region is None
 
     def _effect_with(self, pseudocounts: np.float32) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
         """The effect of two arrays; a function of three is given the pseudocounts too."""
@@ -171,7 +191,8 @@ class Change:
         """Share of the draws that count as a change, (g,)."""
         if self.region is not None:
             return self.region(effect_gs).mean(1)
-        up_g, down_g = (effect_gs > delta).mean(1), (effect_gs < -delta).mean(1)
+        n_draws = effect_gs.shape[1]
+        up_g, down_g = (np.count_nonzero(far_gs, 1) / n_draws for far_gs in (effect_gs > delta, effect_gs < -delta))
         return np.maximum(up_g, down_g) if self.test_mode == "three" else up_g + down_g
 
     def decide(self, columns: Columns) -> Columns:
@@ -183,15 +204,30 @@ def _with_third(function: Callable[..., np.ndarray], third: Any, one: np.ndarray
     return function(one, two, third)
 
 
-def _summary(effect_gs: np.ndarray, quantiles: Sequence[float]) -> dict[str, np.ndarray]:
+def _summary(effect_gs: np.ndarray, quantiles: Sequence[float]) -> Columns:
+    mean_g = effect_gs.mean(1)
+    off_gs = effect_gs - mean_g[:, None]
+    more = {"quantiles": np.quantile(effect_gs, quantiles, axis=1)} if quantiles else {}
     return {
-        "lfc_mean": effect_gs.mean(1),
-        "lfc_median": np.median(effect_gs, axis=1),
-        "lfc_std": effect_gs.std(1),
+        "lfc_mean": mean_g,
+        "lfc_median": np.where(np.isnan(mean_g), mean_g, median(effect_gs)),
+        "lfc_std": np.sqrt(np.einsum("gs,gs->g", off_gs, off_gs) / effect_gs.shape[1]),
         "lfc_min": effect_gs.min(1),
         "lfc_max": effect_gs.max(1),
-        "quantiles": np.quantile(effect_gs, quantiles, axis=1),
+        **more,
     }
+
+
+def median(x_gs: np.ndarray) -> np.ndarray:
+    """Median of each row, (g,). One partition finds it, where ``np.median`` takes several.
+
+    >>> median(np.array([[3.0, 1.0, 2.0, 9.0]]))
+    array([2.5])
+    """
+    middle = x_gs.shape[1] // 2
+    x_gs = np.partition(x_gs, middle, axis=1)
+    upper_g = x_gs[:, middle]
+    return upper_g if x_gs.shape[1] % 2 else (upper_g + x_gs[:, :middle].max(1)) / 2
 
 
 def scales(one: Draws, two: Draws) -> Columns:
