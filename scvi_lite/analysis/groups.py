@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 REST = "Rest"
 PER_CELL = 1e4  # total of a cell in normalised counts
-BLOCK_OF_CELLS = 8192
+BLOCK_OF_CELLS = 1024
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def _select(model: Model, adata: AnnData, argument: str, selection: Any) -> np.n
 def count_statistics(matrix: Any, groups: Sequence[np.ndarray]) -> list[dict[str, np.ndarray]]:
     """For each group of rows: mean count, share of cells with a count, and mean of counts normalised to 10,000 a cell.
 
-    One pass over the matrix, in blocks of rows, by products with the groups' indicators.
+    One pass over the cells of the groups, in blocks.
 
     Parameters
     ----------
@@ -135,19 +135,22 @@ def count_statistics(matrix: Any, groups: Sequence[np.ndarray]) -> list[dict[str
     >>> count_statistics(np.array([[1.0, 0.0], [3.0, 1.0]]), [np.array([0, 1])])[0]["raw_mean"]
     array([2. , 0.5], dtype=float32)
     """
+    from scvi_lite.data.kernels import add_rows
+
     n_cells, n_genes = matrix.shape
+    source = matrix if isinstance(matrix, Rows) else Rows(matrix)
     row, group = np.concatenate(groups), np.repeat(np.arange(len(groups)), [len(rows) for rows in groups])
-    member_nk = sparse.csr_array((np.ones(len(row)), (row, group)), shape=(n_cells, len(groups)))
-    sums, source = np.zeros((3, len(groups), n_genes)), matrix if isinstance(matrix, Rows) else Rows(matrix)
-    for start in range(0, n_cells, BLOCK_OF_CELLS):
-        cells = slice(start, min(n_cells, start + BLOCK_OF_CELLS))
-        x_gn = source[np.arange(cells.start, cells.stop)].astype(np.float64).T
-        member = member_nk[cells].toarray()
-        per_total_n = PER_CELL / np.maximum(np.ravel(x_gn.sum(0)), 1e-12)
-        sums[0] += (x_gn @ member).T
-        sums[2] += (x_gn @ (member * per_total_n[:, None])).T
-        x_gn.data[:] = 1
-        sums[1] += (x_gn @ member).T
+    member_nk = sparse.csr_array((np.ones(len(row), np.int64), (row, group)), shape=(n_cells, len(groups)))
+    # Cells that are in the same groups are summed once. They have the same sum of random numbers, one a group.
+    number_k = np.random.default_rng(0).integers(1, 1 << 40, len(groups))
+    row_n = np.unique(row)
+    _, one_of, kind_n = np.unique((member_nk @ number_k)[row_n], return_index=True, return_inverse=True)
+    kinds = np.zeros((3, len(one_of), n_genes))
+    for start in range(0, len(row_n), BLOCK_OF_CELLS):
+        cells = slice(start, start + BLOCK_OF_CELLS)
+        counts, total_n = source.gather(row_n[cells])
+        add_rows(counts, kind_n[cells], PER_CELL / np.maximum(total_n.numpy().astype(np.float64), 1e-12), kinds)
+    sums = np.tensordot(member_nk[row_n[one_of]].toarray().astype(np.float64), kinds, (0, 1)).swapaxes(0, 1)
     sums /= np.array([max(1, len(rows)) for rows in groups])[:, None]
     mean, share, normalised = sums
     return [

@@ -6,12 +6,15 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numba
 import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from scvi_lite.data.batch import Counts
 
 # A thread is worth its start from this many elements on.
 MIN_WORK = 1 << 15
@@ -129,6 +132,34 @@ def _gather_row(i, col, value, row_m, col_m, value_m):
     for k in range(len(col) - 1):
         wrong += col[k + 1] <= col[k]
     return total, wrong
+
+
+def add_rows(counts: Counts, kind_n: np.ndarray, weight_n: np.ndarray, sums: np.ndarray) -> None:
+    """Add rows to the sums of their kind: sums of counts, of non-zeros, and of counts times the row's weight.
+
+    Parameters
+    ----------
+    counts
+        n rows.
+    kind_n
+        (n,) int64: kind of each row.
+    weight_n
+        (n,) float64.
+    sums
+        (3, kinds, g) float64, which is added to.
+    """
+    arrays = (t.numpy() for t in (counts.start, counts.col_m, counts.value_m))
+    compiled(_add_rows)(*arrays, kind_n, weight_n, *sums)
+
+
+def _add_rows(start, col_m, value_m, kind_n, weight_n, sum_kg, nonzero_kg, weighted_kg):
+    for i in range(len(kind_n)):
+        k = kind_n[i]
+        for m in range(start[i], start[i + 1]):
+            j, x = col_m[m], value_m[m]
+            sum_kg[k, j] += x
+            nonzero_kg[k, j] += 1
+            weighted_kg[k, j] += x * weight_n[i]
 
 
 def fill_rows(start: Tensor, col_m: Tensor, value_m: Tensor, n_features: int) -> Tensor:
