@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 import scvi_lite
 from scvi_lite.model import SCVI
-from scvi_lite.train import launch, strategies
+from scvi_lite.train import launch, processes, strategies
 
 DOC = Path(__file__).parents[1] / "docs" / "multi_device.md"
 GPUS = [f"cuda:{i}" for i in range(4)]
@@ -285,7 +285,7 @@ def test_a_notebook_is_not_confused_by_what_started_it(variables, here, train, n
     assert n_workers == 2
     assert rank_zero_only.rank == 0
     assert len(said) == 1
-    variables = launch.environment(2)
+    variables = processes.environment(2)
     assert not [name for name in variables if name.startswith(("SLURM", "TORCHELASTIC", "GROUP"))]
     assert "RANK" not in variables
     assert variables["MASTER_PORT"] != "1"

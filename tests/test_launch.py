@@ -25,7 +25,7 @@ from scvi_lite.data.datamodule import CellDataModule, Split
 from scvi_lite.data.store import load
 from scvi_lite.model import SCVI
 from scvi_lite.nn.vae import Posterior
-from scvi_lite.train import launch
+from scvi_lite.train import launch, processes
 from scvi_lite.train.plan import Plan
 from scvi_lite.train.task import Task, TrainingDivergedError
 
@@ -245,7 +245,7 @@ def test_cells_are_not_pickled(tmp_path):
 def test_the_package_and_the_paths_of_the_session_are_found(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", ["", "relative", *sys.path])
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    variables = launch.environment(2)
+    variables = processes.environment(2)
     paths = variables["PYTHONPATH"].split(os.pathsep)
     assert paths[0] == str(tmp_path / "relative")
     assert str(Path(scvi_lite.__file__).parents[1]) in paths
@@ -253,7 +253,7 @@ def test_the_package_and_the_paths_of_the_session_are_found(tmp_path, monkeypatc
 
 
 def test_too_few_cells_are_refused_before_a_process_starts(adata, monkeypatch):
-    monkeypatch.setattr(launch.Workers, "attend", lambda self: pytest.fail("started"))
+    monkeypatch.setattr(processes.Workers, "attend", lambda self: pytest.fail("started"))
     with pytest.raises(ValueError, match="3 training cells are too few for 2 device"):
         SCVI(adata[:4].copy(), n_latent=2).train(train_size=0.75, max_epochs=1, **WORKERS)
 
@@ -358,7 +358,7 @@ def attempt(model, act, ranks=(0, 1), max_epochs=1000):
 @pytest.mark.parametrize(
     ("act", "ranks", "error", "message"),
     [
-        (kill, [1], launch.WorkerError, "Worker 1 of 2 was killed by signal 9"),
+        (kill, [1], processes.WorkerError, "Worker 1 of 2 was killed by signal 9"),
         (fail, [1], Oops, "in a callback of rank 1"),
         (fail, [0], Oops, "in a callback of rank 0"),
     ],
@@ -380,7 +380,7 @@ def test_a_worker_that_cannot_start(model, tmp_path, monkeypatch):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "cloudpickle.py").write_text("raise ImportError('no such luck')")
     monkeypatch.syspath_prepend(tmp_path / "bad")
-    with pytest.raises(launch.WorkerError, match=r"(?s)ended with exit code 1.*ImportError: no such luck"):
+    with pytest.raises(processes.WorkerError, match=r"(?s)ended with exit code 1.*ImportError: no such luck"):
         attempt(model, fail)
     assert not model.is_trained
 

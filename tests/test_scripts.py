@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scvi_lite.train.launch import free_port
+from scvi_lite.train.processes import free_port
 
 SCRIPT = """
 import json, os, sys

@@ -6,5 +6,9 @@ classes are imported when first asked for, as training does without them.
 
 from scvi_lite._lazy import lazy
 
-_CLASSES = ("NegativeBinomial", "NegativeBinomialMixture", "Normal", "Poisson", "ZeroInflatedNegativeBinomial")
-__getattr__, __dir__ = lazy(__name__, dict.fromkeys(_CLASSES, "scvi_lite.distributions.classes"))
+_CLASSES = ("NegativeBinomial", "Normal", "Poisson", "ZeroInflatedNegativeBinomial")
+__getattr__, __dir__ = lazy(
+    __name__,
+    dict.fromkeys(_CLASSES, "scvi_lite.distributions.classes")
+    | {"NegativeBinomialMixture": "scvi_lite.distributions.mixture"},
+)

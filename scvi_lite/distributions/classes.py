@@ -11,7 +11,6 @@ import torch
 from torch import Size, Tensor, distributions
 from torch.distributions import constraints
 from torch.distributions.utils import broadcast_all
-from torch.nn.functional import softplus
 
 from scvi_lite.distributions.counts import nb_log_prob, normal_log_prob, poisson_log_prob, zinb_log_prob
 
@@ -89,20 +88,20 @@ class NegativeBinomial(distributions.Distribution):
         return torch.where(value < 0, -torch.inf, self._log_prob(value.clamp(min=0)))
 
     def _log_prob(self, value: Tensor) -> Tensor:
-        return nb_log_prob(value, _log(self.mu), _log(self.theta))
+        return nb_log_prob(value, log_rate(self.mu), log_rate(self.theta))
 
     @torch.no_grad()
     def sample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         """Draw counts: ``sample_shape`` followed by the shape of ``mu``."""
         shape = self._extended_shape(Size(sample_shape))
-        return _sample_nb(self.mu.expand(shape), self.theta.expand(shape))
+        return draw_counts(self.mu.expand(shape), self.theta.expand(shape))
 
     def get_normalized(self, key: str) -> Tensor:
         """Expected proportions (``"scale"``) or expected counts (``"mu"``)."""
         return _normalized(key, scale=self.scale, mu=self.mu)
 
     def __repr__(self) -> str:
-        return _show(self, "mu", "theta", "scale")
+        return describe(self, "mu", "theta", "scale")
 
 
 class ZeroInflatedNegativeBinomial(NegativeBinomial):
@@ -150,7 +149,7 @@ class ZeroInflatedNegativeBinomial(NegativeBinomial):
         return self.mean * (1 + self.mu * (self.zi_probs + 1 / self.theta))
 
     def _log_prob(self, value: Tensor) -> Tensor:
-        return zinb_log_prob(value, _log(self.mu), _log(self.theta), self.zi_logits)
+        return zinb_log_prob(value, log_rate(self.mu), log_rate(self.theta), self.zi_logits)
 
     @torch.no_grad()
     def sample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
@@ -159,80 +158,7 @@ class ZeroInflatedNegativeBinomial(NegativeBinomial):
         return counts.masked_fill(torch.rand_like(counts) < self.zi_probs, 0.0)
 
     def __repr__(self) -> str:
-        return _show(self, "mu", "theta", "zi_logits", "scale")
-
-
-class NegativeBinomialMixture(distributions.Distribution):
-    """Two negative binomials; ``mixture_logits`` is the logit of the first.
-
-    TOTALVI's model of proteins, background and foreground: Gayoso et al., Nature Methods 18, 272 (2021),
-    https://doi.org/10.1038/s41592-020-01050-x. ``theta2`` is ``theta1`` unless given.
-
-    >>> one, two = torch.tensor(1.0), torch.tensor(2.0)
-    >>> NegativeBinomialMixture(one, two, one, mixture_logits=torch.tensor(0.0)).mean
-    tensor(1.5000)
-    """
-
-    arg_constraints: ClassVar[dict[str, Any]] = {
-        "mu1": constraints.greater_than_eq(0),
-        "mu2": constraints.greater_than_eq(0),
-        "theta1": constraints.greater_than_eq(0),
-        "mixture_logits": constraints.real,
-    }
-    support = constraints.nonnegative_integer
-
-    def __init__(
-        self,
-        mu1: Tensor,
-        mu2: Tensor,
-        theta1: Tensor,
-        mixture_logits: Tensor,
-        theta2: Tensor | None = None,
-        validate_args: bool = False,
-    ):
-        self.mu1, self.mu2, self.theta1, self.mixture_logits = broadcast_all(mu1, mu2, theta1, mixture_logits)
-        self.theta2 = theta2 if theta2 is None else torch.as_tensor(theta2).expand_as(self.mu1)
-        super().__init__(self.mu1.shape, validate_args=validate_args)
-
-    @property
-    def _second_theta(self) -> Tensor:
-        return self.theta1 if self.theta2 is None else self.theta2
-
-    @property
-    def mixture_probs(self) -> Tensor:
-        """Probability of the first part."""
-        return self.mixture_logits.sigmoid()
-
-    @property
-    def mean(self) -> Tensor:
-        """Expected counts."""
-        return self.mixture_probs * self.mu1 + (1 - self.mixture_probs) * self.mu2
-
-    @property
-    def variance(self) -> Tensor:
-        """Variance of the counts: within the parts, and between their means."""
-        p = self.mixture_probs
-        within1, within2 = self.mu1 + self.mu1**2 / self.theta1, self.mu2 + self.mu2**2 / self._second_theta
-        return p * within1 + (1 - p) * within2 + p * (1 - p) * (self.mu1 - self.mu2) ** 2
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Log-probability of each count; minus infinity below zero."""
-        if self._validate_args:
-            self._validate_sample(value)
-        value = torch.as_tensor(value, dtype=self.mu1.dtype, device=self.mu1.device)
-        x, pi = value.clamp(min=0), self.mixture_logits
-        first = nb_log_prob(x, _log(self.mu1), _log(self.theta1)) - softplus(-pi)
-        second = nb_log_prob(x, _log(self.mu2), _log(self._second_theta)) - softplus(pi)
-        return torch.where(value < 0, -torch.inf, torch.logaddexp(first, second))
-
-    @torch.no_grad()
-    def sample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
-        """Draw counts: ``sample_shape`` followed by the shape of ``mu1``."""
-        first = torch.bernoulli(self.mixture_probs.expand(self._extended_shape(Size(sample_shape)))).bool()
-        return _sample_nb(torch.where(first, self.mu1, self.mu2), torch.where(first, self.theta1, self._second_theta))
-
-    def __repr__(self) -> str:
-        return _show(self, "mu1", "mu2", "theta1", "mixture_logits", "theta2")
+        return describe(self, "mu", "theta", "zi_logits", "scale")
 
 
 class Poisson(distributions.Poisson):
@@ -251,7 +177,7 @@ class Poisson(distributions.Poisson):
         if self._validate_args:
             self._validate_sample(value)
         value = torch.as_tensor(value, dtype=self.rate.dtype, device=self.rate.device)
-        return torch.where(value < 0, -torch.inf, poisson_log_prob(value.clamp(min=0), _log(self.rate)))
+        return torch.where(value < 0, -torch.inf, poisson_log_prob(value.clamp(min=0), log_rate(self.rate)))
 
     def get_normalized(self, key: str) -> Tensor:
         """Expected proportions (``"scale"``) or expected counts (``"mu"``, ``"rate"``)."""
@@ -299,11 +225,12 @@ def _mu_theta(
     )
 
 
-def _log(rate: Tensor) -> Tensor:
+def log_rate(rate: Tensor) -> Tensor:
+    """Logarithm, of zero too: finite."""
     return rate.clamp(min=TINY).log()
 
 
-def _sample_nb(mu: Tensor, theta: Tensor) -> Tensor:
+def draw_counts(mu: Tensor, theta: Tensor) -> Tensor:
     """Draw the rate of a Poisson from a gamma with mean mu and shape theta, then the count."""
     # A gamma with tiny shape underflows to zero, which is the count that it would give anyway.
     rate = torch._standard_gamma(theta) * (mu / theta)
@@ -321,6 +248,7 @@ def _normalized(key: str, **known: Tensor | None) -> Tensor:
     return value
 
 
-def _show(distribution: distributions.Distribution, *names: str) -> str:
+def describe(distribution: distributions.Distribution, *names: str) -> str:
+    """The shapes of the parameters in one line."""
     shapes = [f"{n}: {tuple(v.shape)}" for n in names if (v := getattr(distribution, n)) is not None]
     return f"{type(distribution).__name__}({', '.join(shapes)})"

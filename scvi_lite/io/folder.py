@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from scvi_lite.errors import NameTakenError, NotThereError, listing
 from scvi_lite.io.atomic import locate, staging
+from scvi_lite.io.values import history_column, history_frame, positions, to_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -147,8 +147,8 @@ def read_folder(path: str | Path, prefix: str = "") -> SavedModel:
         registry=info["registry"],
         var_names=info["var_names"],
         state={name: tensors[name] for name in info["tensors"] if name not in index_names.values()},
-        history={name: _history_frame(name, column) for name, column in info["history"].items()},
-        indices={split: _rows(name, tensors[name]) for split, name in index_names.items() if name in tensors},
+        history={name: history_frame(name, column) for name, column in info["history"].items()},
+        indices={split: positions(name, tensors[name]) for split, name in index_names.items() if name in tensors},
         is_trained=info["is_trained"],
         version=info["version"],
         frozen=info.get("frozen", {}),
@@ -246,62 +246,14 @@ def _describe(saved: SavedModel, weights: bytes, tensors: dict[str, list[int]], 
         "arguments": saved.arguments,
         "registry": saved.registry,
         "frozen": saved.frozen,
-        "history": {name: _history_column(frame) for name, frame in saved.history.items()},
+        "history": {name: history_column(frame) for name, frame in saved.history.items()},
         "weights": {"bytes": len(weights), "sha256": hashlib.sha256(weights).hexdigest()},
         "data": data,
         "tensors": tensors,
         "var_names": saved.var_names,
     }
-    lines = [f"{json.dumps(key)}: {_to_json(key, value)}" for key, value in info.items()]
+    lines = [f"{json.dumps(key)}: {to_json(key, value)}" for key, value in info.items()]
     return ("{\n" + ",\n".join(lines) + "\n}\n").encode("utf-8", "surrogatepass")
-
-
-def _to_json(key: str, value: Any) -> str:
-    try:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"The {key} of the model cannot be saved as JSON: {error}.") from None
-
-
-def _plain(value: Any) -> Any:
-    """NumPy's numbers and arrays as Python's."""
-    import numpy as np
-
-    if isinstance(value, np.generic | np.ndarray):
-        return value.tolist()
-    raise TypeError(f"{value!r} is a {type(value).__name__}")
-
-
-def _rows(name: str, rows_n: torch.Tensor) -> np.ndarray:
-    """Positions of cells."""
-    import torch
-
-    if rows_n.dtype != torch.int64 or rows_n.ndim != 1 or bool((rows_n < 0).any()):
-        raise ValueError(f"{WEIGHTS} is damaged: {name} holds no positions of cells. Restore it from a copy.")
-    return rows_n.numpy()
-
-
-def _history_column(frame: pd.DataFrame) -> dict[str, list]:
-    """A metric as lists. JSON has no NaN nor infinity: they become strings, which ``float`` reads."""
-    values = [float(value) for value in frame.iloc[:, 0]]
-    return {
-        "epoch": [int(epoch) for epoch in frame.index],
-        "value": [value if math.isfinite(value) else str(value) for value in values],
-    }
-
-
-def _history_frame(name: str, column: dict[str, list]) -> pd.DataFrame:
-    import numpy as np
-    import pandas as pd
-
-    try:
-        epochs = pd.Index(column["epoch"], dtype="int64", name="epoch")
-        values = np.array([float(value) for value in column["value"]])
-        if len(values) != len(epochs):
-            raise ValueError(f"{len(values)} values for {len(epochs)} epochs")
-        return pd.DataFrame({name: values}, index=epochs, dtype="float64")
-    except (KeyError, OverflowError, TypeError, ValueError) as error:
-        raise ValueError(f"model.json is damaged: the history of '{name}' cannot be read, {error}.") from None
 
 
 def _check_weights(file: Path, weights: bytes, expected: dict[str, Any]) -> None:
