@@ -36,7 +36,9 @@ class Draws:
     @classmethod
     def of(cls, value_sg: np.ndarray, silent_g: np.ndarray) -> Draws:
         """From an (s, g) array."""
-        return cls(torch.from_numpy(value_sg).t().contiguous().numpy(), silent_g)  # NumPy transposes far slower
+        value_gs = np.empty(value_sg.shape[::-1], value_sg.dtype)
+        torch.from_numpy(value_gs).copy_(torch.from_numpy(value_sg).t())  # NumPy transposes far slower
+        return cls(value_gs, silent_g)
 
 
 @dataclass(frozen=True)

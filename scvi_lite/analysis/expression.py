@@ -190,6 +190,8 @@ def decode_draws(
             turn_n = torch.arange(cells.start, cells.stop, device=model.device) % len(codes)
             batch = replace(batch, batch_n=torch.tensor(codes, device=model.device)[turn_n])
             out[cells] = value_of(model, z_nk, library_n, batch, None, genes)
+        elif value_of is expected and len(codes) == 1:
+            expected(model, z_nk, library_n, batch, codes[0], genes, out[cells])
         else:
             out[cells] = mean_over(codes, lambda code: value_of(model, z_nk, library_n, batch, code, genes))  # noqa: B023
     return value
