@@ -72,6 +72,34 @@ def _rows_of_names(adata: AnnData, names: np.ndarray, argument: str) -> np.ndarr
     return rows.astype(np.int64)
 
 
+def batch_codes(model: Model, transform_batch: Any, argument: str = "transform_batch") -> list[int | None]:
+    """Codes of the batches to decode as; ``[None]`` stands for each cell's own.
+
+    Raises
+    ------
+    ValueError
+        If a batch does not exist, or none is named.
+    """
+    if transform_batch is None:
+        return [None]
+    if isinstance(transform_batch, str | int | np.integer):
+        transform_batch = [transform_batch]
+    known = [str(c) for c in model.registry.categories("batch_n")]
+    codes: list[int | None] = []
+    for name in transform_batch:
+        if name is None:
+            codes.append(None)
+        elif str(name) in known:
+            codes.append(known.index(str(name)))
+        elif isinstance(name, int | np.integer) and 0 <= name < len(known):
+            codes.append(int(name))
+        else:
+            raise ValueError(unknown(argument, name, known, "a batch of this model", "Batches"))
+    if not codes:
+        raise ValueError(f"{argument} is empty: name a batch, or leave it out. Batches: {listing(known)}.")
+    return codes
+
+
 def gene_positions(model: Model, gene_list: Sequence[str] | None) -> np.ndarray | None:
     """Positions of genes among the model's, see :func:`positions_of`."""
     return positions_of("gene_list", gene_list, model._gene_names, "genes")

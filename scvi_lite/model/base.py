@@ -15,7 +15,7 @@ import torch
 from scvi_lite._elsewhere import instead_of
 from scvi_lite._settings import settings
 from scvi_lite.analysis import minify
-from scvi_lite.analysis.inputs import cell_rows, whole_number
+from scvi_lite.analysis.inputs import batch_codes, cell_rows, whole_number
 from scvi_lite.data import registry as registries
 from scvi_lite.data.batch import Batch
 from scvi_lite.data.disk import LazyStore
@@ -23,7 +23,7 @@ from scvi_lite.data.fields import Field
 from scvi_lite.data.genes import match_genes
 from scvi_lite.data.modalities import is_mudata
 from scvi_lite.data.registry import Registry, describe_field
-from scvi_lite.errors import StateError, listing, unknown, warn, without_absent
+from scvi_lite.errors import StateError, warn, without_absent
 from scvi_lite.model import files
 from scvi_lite.nn.module import Module
 from scvi_lite.train.plan import Plan
@@ -134,32 +134,7 @@ class Model(ABC):
             with torch.inference_mode():
                 yield batch.to(self.device)
 
-    def _batch_codes(self, transform_batch: Any, argument: str = "transform_batch") -> list[int | None]:
-        """Codes of the batches to decode as; ``[None]`` stands for each cell's own.
-
-        Raises
-        ------
-        ValueError
-            If a batch does not exist, or none is named.
-        """
-        if transform_batch is None:
-            return [None]
-        if isinstance(transform_batch, str | int | np.integer):
-            transform_batch = [transform_batch]
-        known = [str(c) for c in self.registry.categories("batch_n")]
-        codes: list[int | None] = []
-        for name in transform_batch:
-            if name is None:
-                codes.append(None)
-            elif str(name) in known:
-                codes.append(known.index(str(name)))
-            elif isinstance(name, int | np.integer) and 0 <= name < len(known):
-                codes.append(int(name))
-            else:
-                raise ValueError(unknown(argument, name, known, "a batch of this model", "Batches"))
-        if not codes:
-            raise ValueError(f"{argument} is empty: name a batch, or leave it out. Batches: {listing(known)}.")
-        return codes
+    _batch_codes = batch_codes
 
     @property
     def summary_stats(self) -> dict[str, int]:

@@ -240,8 +240,6 @@ class MULTIVI(Model):
         **trainer_kwargs
             Every other option of ``lightning.Trainer``, and those of every model.
         """
-        from scvi_lite.model.training import fit_model
-
         named = dict(
             lr=lr,
             weight_decay=weight_decay,
@@ -251,8 +249,7 @@ class MULTIVI(Model):
         )
         n_batches = self.registry.n_batches
         mixes = adversarial_mixing and n_batches > 1
-        fit_model(
-            self,
+        self._fit(
             max_epochs=max_epochs,
             accelerator=accelerator,
             devices=devices,

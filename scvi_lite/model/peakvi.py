@@ -272,8 +272,6 @@ class PEAKVI(Model):
         **trainer_kwargs
             Every other option of ``lightning.Trainer``, and those of every model.
         """
-        from scvi_lite.model.training import fit_model
-
         named = dict(
             lr=lr,
             weight_decay=weight_decay,
@@ -285,8 +283,7 @@ class PEAKVI(Model):
         trainer_kwargs.setdefault(
             "early_stopping_monitor", "elbo_validation" if of_bound else "reconstruction_loss_validation"
         )
-        fit_model(
-            self,
+        self._fit(
             max_epochs=max_epochs,
             accelerator=accelerator,
             devices=devices,

@@ -336,8 +336,6 @@ class SCANVI(Model):
         TrainingDivergedError
             If the loss becomes NaN or infinite.
         """
-        from scvi_lite.model.training import fit_model
-
         if max_epochs is None and self._is_pretrained:
             max_epochs = min(10, max(2, round(heuristic_epochs(self.adata.n_obs) / 3)))
         adversary = None
@@ -345,8 +343,7 @@ class SCANVI(Model):
             if self.registry.n_batches < 2:
                 raise ValueError("adversarial_classifier=True: there is one batch, and nothing to tell apart.")
             adversary = Adversary(self.module.config.n_latent, self.registry.n_batches)
-        fit_model(
-            self,
+        self._fit(
             max_epochs=max_epochs,
             accelerator=accelerator,
             devices=devices,

@@ -144,9 +144,11 @@ class TOTALVI(Model):
     get_importance_weights = importance.get_importance_weights
     differential_expression = proteins.differential_expression
     differential_abundance = abundance.differential_abundance
-    minify_adata = minify.minify_adata
-    minify_mudata = minify.minify_adata
+    minify_adata = minify_mudata = minify.minify_adata
     minified_data_type = property(minify.minified)
+    load_query_data = classmethod(query.load_query_data)
+    prepare_query_anndata = staticmethod(query.prepare_query_anndata)
+    prepare_query_mudata = staticmethod(query.prepare_query_mudata)
 
     def __init__(
         self,
@@ -242,8 +244,6 @@ class TOTALVI(Model):
         **trainer_kwargs
             Every other option of ``lightning.Trainer``, and those of every model.
         """
-        from scvi_lite.model.training import fit_model
-
         plan: dict[str, Any] = dict(lr=lr, reduce_lr_on_plateau=reduce_lr_on_plateau)
         plan |= dict(n_steps_kl_warmup=n_steps_kl_warmup, n_epochs_kl_warmup=n_epochs_kl_warmup)
         plan |= as_options("plan_kwargs", plan_kwargs)
@@ -254,8 +254,7 @@ class TOTALVI(Model):
             trainer_kwargs["check_val_every_n_epoch"] = check_val_every_n_epoch
         if external_indexing is not None:
             datasplitter_kwargs = {**(datasplitter_kwargs or {}), "external_indexing": external_indexing}
-        fit_model(
-            self,
+        self._fit(
             max_epochs=max_epochs,
             accelerator=accelerator,
             devices=devices,
