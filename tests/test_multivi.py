@@ -9,6 +9,7 @@ import torch
 from conftest import SHARED
 from mudata import MuData, read_h5mu, set_options
 from scipy.stats import norm
+from test_ddp import run_on_two_ranks
 
 from scvi_lite.data import organize_multiome_anndatas
 from scvi_lite.model import MULTIVI
@@ -288,3 +289,29 @@ def test_bad_input():
     foreign.var_names = [f"other_{i}" for i in range(N_GENES)]
     with pytest.raises(ValueError, match="rna_anndata: none of its 20 features"):
         organize_multiome_anndatas(both, foreign)
+
+
+def test_two_ranks(tmp_path):
+    """PEAKVI and MULTIVI on two devices: ranks end alike, whichever of them has the cells with chromatin."""
+    first, second = run_on_two_ranks(
+        """
+        from scvi_lite.model import MULTIVI, PEAKVI
+        told = {}
+        for model_class, more in ((PEAKVI, {}), (MULTIVI, {"n_genes": 7, "modality_weights": "universal"})):
+            if model_class is MULTIVI:
+                adata.X[30:60, 7:], adata.X[60:90, :7] = 0, 0
+            model_class.setup_anndata(adata, batch_key="batch")
+            watch, model = Watch(), model_class(adata, n_hidden=8, n_latent=2, **more)
+            model.train(3, lr=1e-3, callbacks=watch, **options)
+            told[model_class.__name__] = describe(model, watch)
+        tell(**told)
+        """,
+        tmp_path,
+    )
+    for name in ("PEAKVI", "MULTIVI"):
+        for what in ("weights", "history", "indices", "draw"):
+            assert first[name][what] == second[name][what], (name, what)
+        assert len(first[name]["history"]["elbo_validation"]) == 3
+        seen = [row for rank in (first, second) for epoch, rows in rank[name]["train"] if epoch == 0 for row in rows]
+        assert sorted(seen) == sorted(first[name]["indices"][0])
+    assert len(first["MULTIVI"]["history"]["modality_penalty_validation"]) == 3
