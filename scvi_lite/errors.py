@@ -180,7 +180,7 @@ def check_number(least: float = 0, **numbers: Any) -> None:
     >>> check_number(delta=0.25, pseudocounts=None)
     """
     for name, value in numbers.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, Real) or not value >= least):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Real) or not float(value) >= least):
             raise ValueError(f"{name}={value!r}: a number of at least {least}, or None, is needed.")
 
 

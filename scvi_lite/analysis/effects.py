@@ -296,7 +296,7 @@ def levels(argument: str, given: float | Sequence[float] | None) -> tuple[float,
     ((0.05,), (), (0.5, 0.9))
     """
     several = [] if given is None else np.atleast_1d(np.asarray(given, dtype=object)).tolist()
-    if not all(isinstance(level, Real) and 0 < level < 1 for level in several):
+    if not all(isinstance(level, Real) and 0 < float(level) < 1 for level in several):
         raise ValueError(f"{argument}={given!r}: numbers between 0 and 1 are needed.")
     return tuple(map(float, several))
 

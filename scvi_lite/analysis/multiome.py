@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from scvi_lite.data.batch import Batch
     from scvi_lite.model.base import Model
 
-    Data = AnnData | MuData
+    Data: TypeAlias = AnnData | MuData
 
 MODALITIES = ("joint", "expression", "accessibility")
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from scvi_lite.nn.protein import ProteinRates
     from scvi_lite.nn.vae import Posterior
 
-    Data = AnnData | MuData
+    Data: TypeAlias = AnnData | MuData
 
 Parts = dict[str, Tensor]  # what is asked of a minibatch, (..., n, features) each
 Frames = tuple["pd.DataFrame", "pd.DataFrame"] | tuple[np.ndarray, np.ndarray]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from mudata import MuData
 
-    Data = AnnData | MuData
+    Data: TypeAlias = AnnData | MuData
 
 
 def obs_column(adata: Data, argument: str, key: str, modality: str | None = None) -> pd.Series:

@@ -6,7 +6,7 @@ import json
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from scvi_lite.data.fields import Categorical, Categoricals, Continuous, Continuouses, Embedding, Field, Matrix
 from scvi_lite.data.labels import Labels
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from mudata import MuData
 
-    Data = AnnData | MuData
+    Data: TypeAlias = AnnData | MuData
 
 FIELDS: tuple[type[Field], ...] = (
     Matrix, Categorical, Categoricals, Continuous, Continuouses, Embedding, Proteins, Labels,
