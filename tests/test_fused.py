@@ -305,3 +305,21 @@ def test_on_cuda(form):
     value_nh = sparse_linear(moved, weight_hg.cuda()).cpu()
     torch.testing.assert_close(value_nh, counts.x_ng @ weight_hg.t(), rtol=1e-2, atol=1e-2)
     assert np.isfinite(value_nh.numpy()).all()
+
+
+@pytest.mark.parametrize("likelihood", ["zinb", "nb", "poisson"])
+@pytest.mark.parametrize("theta_shape", [(9,), (5, 9), (3, 5, 9)])
+def test_draws_are_scored_together_as_one_by_one(likelihood, theta_shape):
+    """Several draws of the rates of the same cells: one pass of the kernel, and one draw at a time with gradients."""
+    from scvi_lite.nn.rates import Rates
+
+    counts = Counts.from_dense(torch.poisson(torch.rand(5, 9) * 2))
+    log_theta = None if likelihood == "poisson" else torch.randn(theta_shape)
+    dropout_ng = torch.randn(3, 5, 9) if likelihood == "zinb" else None
+    for proportions, library_n in ((True, torch.randn(5)), (True, torch.randn(3, 5)), (False, torch.randn(3, 5))):
+        rates = Rates(likelihood, torch.randn(3, 5, 9), library_n, log_theta, dropout_ng, proportions)
+        expected = torch.stack([rates.sample(i).log_likelihood(counts) for i in range(3)])
+        torch.testing.assert_close(rates.log_likelihood(counts), expected)
+        rates.logit_ng.requires_grad_()
+        rates.log_likelihood(counts).sum().backward()
+        assert rates.logit_ng.grad.isfinite().all()

@@ -87,15 +87,44 @@ def _score(
     log_theta: Tensor | None,
     dropout_ng: Tensor | None,
 ) -> Tensor:
-    if tuple(logit_ng.shape) != (counts.n_cells, counts.n_features):
+    if tuple(logit_ng.shape[-2:]) != (counts.n_cells, counts.n_features):
         raise ValueError(
             f"logit_ng has shape {tuple(logit_ng.shape)}, but the counts are {counts.n_cells} cells by "
             f"{counts.n_features} features: decode the same cells and features that are scored."
         )
+    if logit_ng.dim() > 2:
+        return _score_draws(parts, counts, logit_ng, library_n, log_theta, dropout_ng)
     dtype = torch.promote_types(logit_ng.dtype, torch.float32)
     inputs = [None if t is None else t.to(dtype) for t in (logit_ng, library_n, log_theta, dropout_ng)]
     coordinates = counts.start, counts.row_m, counts.col_m, counts.value_m.to(dtype)
     return _Score.apply(parts, *coordinates, *inputs)
+
+
+def _score_draws(
+    parts: Callable[..., Parts],
+    counts: Counts,
+    logit_sng: Tensor,
+    library_sn: Tensor | None,
+    log_theta: Tensor | None,
+    dropout_sng: Tensor | None,
+) -> Tensor:
+    """Log-likelihood (s, n) of the same counts under several draws of the rates."""
+    s, n, g = logit_sng.shape
+    inputs = [logit_sng, None if library_sn is None else library_sn.expand(s, n), log_theta, dropout_sng]
+    given = [t for t in inputs if t is not None]
+    plain = all(t.device.type == "cpu" and t.dtype == torch.float32 for t in given)
+    if plain and not (torch.is_grad_enabled() and any(t.requires_grad for t in given)):
+        from scvi_lite.distributions import kernels
+
+        flat = [t if _shared(t, log_theta) else t.flatten(0, 1) for t in inputs]
+        return kernels.score(counts.start, counts.col_m, counts.value_m.float(), *flat, False)[0].view(s, n)
+    draws = [[t if _shared(t, log_theta) else t[i] for t in inputs] for i in range(s)]
+    return torch.stack([_score(parts, counts, *one) for one in draws])
+
+
+def _shared(tensor: Tensor | None, log_theta: Tensor | None) -> bool:
+    """Whether a parameter is the same in all draws: one that is absent, or a dispersion without their dimension."""
+    return tensor is None or (tensor is log_theta and tensor.dim() < 3)
 
 
 class _Score(torch.autograd.Function):

@@ -245,7 +245,11 @@ def score_rows(
     first, last, start, col_m, x_m, logit_ng, top_n, library_n, log_theta_tg, theta_tg, rise_xg, slope_xg, dropout_ng,
     value_n, dlibrary_n, dmu_ng, dtheta_ng, ddropout_ng,
 ):  # fmt: skip
-    """Fill value and derivatives of the cells first:last. What a likelihood has no use for is None."""
+    """Fill value and derivatives of the rows first:last. What a likelihood has no use for is None.
+
+    There may be several rows of rates for each cell, one draw after the other.
+    """
+    n_cells = start.shape[0] - 1
     e_g, zero_g = np.empty(logit_ng.shape[1], F), np.empty(logit_ng.shape[1], F)
     work = np.empty((6, logit_ng.shape[1]), F)
     log_theta_g, theta_g = None, None
@@ -255,12 +259,13 @@ def score_rows(
             log_theta_g, theta_g = log_theta_tg[i % log_theta_tg.shape[0]], theta_tg[i % log_theta_tg.shape[0]]
         total = exp_row(i, logit_ng, top_n[i], e_g, zero_g)
         shift = 0.0 if library_n is None else library_n[i] - math.log(total)
-        for m in range(start[i], start[i + 1]):
+        lo, hi = start[i % n_cells], start[i % n_cells + 1]
+        for m in range(lo, hi):
             zero_g[col_m[m]] = F(0)
         c = F(math.exp(shift))
         zeros, dzeros = zeros_row(i, o, c, e_g, zero_g, theta_g, dropout_ng, dmu_ng, dtheta_ng, ddropout_ng)
         others, dothers = nonzeros_row(
-            i, o, start[i], start[i + 1], col_m, x_m, shift - top_n[i], logit_ng, log_theta_g, theta_g,
+            i, o, lo, hi, col_m, x_m, shift - top_n[i], logit_ng, log_theta_g, theta_g,
             rise_xg, slope_xg, dropout_ng, dmu_ng, dtheta_ng, ddropout_ng, work,
         )  # fmt: skip
         value_n[i] = zeros + others
@@ -319,7 +324,10 @@ def score(
     dropout_ng: Tensor | None,
     gradients: bool,
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """Value (n,), and its derivatives with respect to logit, library, log theta (n, g) and dropout."""
+    """Value (n,), and its derivatives with respect to logit, library, log theta (n, g) and dropout.
+
+    There may be several rows of rates for each cell, one draw after the other.
+    """
     n, g = logit_ng.shape
     top_n = logit_ng.new_zeros(n) if library_n is None else logit_ng.amax(1)
     log_theta = None if log_theta is None else log_theta.reshape(-1, g).clamp(*LOG_THETA_RANGE)

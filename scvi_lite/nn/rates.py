@@ -52,9 +52,9 @@ class Rates:
 
     def log_likelihood(self, counts: Counts) -> Tensor:
         """Log-probability of each cell's counts: (..., n)."""
-        if self.logit_ng.dim() > 2:
-            return torch.stack([self.sample(i).log_likelihood(counts) for i in range(self.logit_ng.shape[0])])
         if self.likelihood == "normal":
+            if self.logit_ng.dim() > 2:  # one draw at a time: each is dense
+                return torch.stack([self.sample(i).log_likelihood(counts) for i in range(self.logit_ng.shape[0])])
             return reference.normal_log_prob(counts.x_ng, self.mu_ng, self.log_theta.exp()).sum(-1)
         logit_ng, library_n = (self.logit_ng, self.library_n) if self.proportions else (self.log_mu_ng, None)
         if self.likelihood == "poisson":
