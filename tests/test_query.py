@@ -79,7 +79,6 @@ NETWORKS = {
     "latent library": (BATCH, {"use_observed_lib_size": False, "dispersion": "gene-batch"}),
 }
 OPTIMIZERS = {
-    "default": {},
     "AdamW": {"optimizer": "AdamW", "weight_decay": 0.1},
     "momentum": {
         "optimizer": "Custom",
@@ -88,8 +87,12 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("plan", OPTIMIZERS.values(), ids=OPTIMIZERS)
-@pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
+CASES = {network: (NETWORKS[network], {}) for network in NETWORKS} | {
+    optimizer: (NETWORKS["encoded"], plan) for optimizer, plan in OPTIMIZERS.items()
+}
+
+
+@pytest.mark.parametrize("network, plan", CASES.values(), ids=CASES)
 def test_reference_answers_as_before(network, plan):
     """A query of a new batch and of one that the reference knows: the reference's cells stay where they were."""
     model = reference(network[0], **network[1])
@@ -506,7 +509,9 @@ def test_what_does_not_fit_is_refused():
 
     cases = [
         (lambda: OTHER.load_query_data(query, model), ValueError, r"SCVI\.load_query_data"),
-        (lambda: SCVI.load_query_data(query), TypeError, "reference_model=None"),
+        (lambda: SCVI.load_query_data(query), TypeError, "reference_model is a NoneType"),
+        (lambda: SCVI.load_query_data("reference", query), TypeError, "reference_model is an? AnnData"),
+        (lambda: SCVI.prepare_query_anndata("query.h5ad", model), TypeError, "read_h5ad"),
         (lambda: SCVI.load_query_data(reference_model=model), TypeError, "adata is a NoneType"),
         (lambda: SCVI.load_query_data(query, "nowhere"), FileNotFoundError, "nowhere"),
         (lambda: map_untrained(without(query, "batch"), model), KeyError, r"adata\.obs\['batch'\] = "),

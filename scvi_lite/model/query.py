@@ -78,6 +78,7 @@ def prepare_query_anndata(
         raise ValueError("reference_model was set up with a MuData: call prepare_query_mudata(mdata, reference_model).")
     if return_reference_var_names:
         return pd.Index(var_names)
+    check_data(adata, ())
     if inplace and adata.isbacked:
         raise ValueError("inplace=True: a backed file is not changed. Give inplace=False, or adata.to_memory().")
     filled = fill_genes(adata, var_names)
@@ -252,4 +253,5 @@ def _reference(reference_model: Model | str | Path | None) -> SavedModel:
         return to_saved(reference_model)
     if isinstance(reference_model, str | os.PathLike):
         return read_saved(reference_model)
-    raise TypeError(f"reference_model={reference_model!r}: a model is needed, or the folder that it was saved to.")
+    kind = type(reference_model).__name__
+    raise TypeError(f"reference_model is a {kind}: a model is needed, or the folder that it was saved to.")
