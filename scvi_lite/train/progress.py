@@ -88,7 +88,7 @@ class TrainingLines:
     def _write(self, position: float, total: int | None, metrics: dict[str, float]) -> None:
         values = "".join(f", {name}={value}" for name, value in _rounded(metrics).items())
         seconds = time.monotonic() - (self.started or 0.0)
-        print(f"Training: {position:.0f}/{total or '?'} epochs{values} [{seconds:.0f} s]", file=sys.stderr, flush=True)
+        print(f"Training: {int(position)}/{total or '?'} epochs{values} [{seconds:.0f} s]", file=sys.stderr, flush=True)
 
 
 def _rounded(metrics: dict[str, float]) -> dict[str, str]:
