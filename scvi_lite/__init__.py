@@ -16,6 +16,7 @@ MODELS = (
     "SCVI",
     "LinearSCVI",
     "CondSCVI",
+    "DestVI",
     "PEAKVI",
     "MULTIVI",
     "SCANVI",

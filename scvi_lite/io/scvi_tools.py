@@ -11,7 +11,7 @@ from scvi_lite.errors import listing, warn
 from scvi_lite.io.atomic import locate
 from scvi_lite.io.folder import INFO, SPLITS, SavedModel
 from scvi_lite.io.plain_pickle import Recorded, plain, read_plain
-from scvi_lite.io.translators import TRANSLATORS
+from scvi_lite.io.translators import ARGUMENTS, TRANSLATORS
 from scvi_lite.io.translators.common import Setup
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def _translate(content: dict[str, Any]) -> SavedModel:
     class_name = registry["model_name"]
     if class_name not in TRANSLATORS:
         raise ValueError(f"it is a {class_name}; there is a counterpart of {listing(TRANSLATORS)}")
-    arguments = _arguments(attributes.get("init_params_", {}))
+    arguments = _arguments(class_name, attributes.get("init_params_", {}))
     ours = _registry(class_name, registry.get("setup_args", {}), registry["field_registries"])
     return SavedModel(
         class_name=class_name,
@@ -78,11 +78,12 @@ def _translate(content: dict[str, Any]) -> SavedModel:
     )
 
 
-def _arguments(init_params: dict[str, Any]) -> dict[str, Any]:
+def _arguments(class_name: str, init_params: dict[str, Any]) -> dict[str, Any]:
     """The constructor's arguments: the named ones, and those that came through ``**kwargs``, whatever it was called."""
     merged = dict(init_params.get("non_kwargs", {}))
     for keywords in init_params.get("kwargs", {}).values():
         merged |= keywords
+    merged = ARGUMENTS.get(class_name, dict)(merged)
     return {name: _listed(value) for name, value in merged.items() if name not in NOT_ARGUMENTS}
 
 
@@ -130,6 +131,7 @@ def _registry(class_name: str, setup_args: dict[str, Any], fields: dict[str, Any
             column = _column(argument, state["original_key"], state["categorical_mapping"])
             column |= _modality(fields, theirs)
             ours[name] = {"kind": "labels" if "unlabeled_category" in state else "categorical", **column}
+    ours.setdefault("label_n", {"kind": "categorical", "argument": "labels_key", "key": None, "categories": [0]})
     categorical = _state(fields, "extra_categorical_covs").get("mappings", {})
     ours["cats_nc"] = {
         "kind": "categoricals",

@@ -6,6 +6,7 @@ FILES = {
     "SCVI": "scvi",
     "LinearSCVI": "linear_scvi",
     "CondSCVI": "condscvi",
+    "DestVI": "destvi",
     "PEAKVI": "peakvi",
     "MULTIVI": "multivi",
     "SCANVI": "scanvi",

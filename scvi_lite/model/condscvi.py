@@ -138,7 +138,7 @@ class CondSCVI(Model):
         options = dict(arguments)
         if not isinstance(weight_obs := options.pop("weight_obs", False), bool):
             raise ValueError(f"weight_obs={weight_obs!r}: True or False is needed.")
-        fixed = dict(gene_likelihood="nb", batch_representation="embedding", n_fine_labels=len(self._fine_labels))
+        fixed = dict(gene_likelihood="nb", batch_representation="embedding", n_fine_labels=len(self.fine_labels))
         defaults = dict(n_latent=5, n_layers=2, dropout_rate=0.05)
         config = configure(self.registry, defaults | options | fixed, CondConfig)
         label_n = self.registry.read(self.adata, "label_n")
@@ -147,7 +147,7 @@ class CondSCVI(Model):
         return CondSCVIModule(config, weight_l, pseudo_lpg)
 
     @property
-    def _fine_labels(self) -> list[Any]:
+    def fine_labels(self) -> list[Any]:
         """Names of the fine labels."""
         return self.registry.categories("fine_n")[:-1] if "fine_n" in self.registry.fields else []
 
@@ -291,7 +291,7 @@ class CondSCVI(Model):
         """
         import pandas as pd
 
-        if not self._fine_labels:
+        if not self.fine_labels:
             raise StateError(
                 "This model knows no fine labels. Give them at setup: CondSCVI.setup_anndata(adata, labels_key=..., "
                 "fine_labels_key=...), and train a new model."
@@ -305,7 +305,7 @@ class CondSCVI(Model):
             z_nk = q.z_loc_nk if use_posterior_mean else q.sample_z()
             probability.append(self.module.classifier(z_nk, batch.label_n).softmax(-1))
         prob_nf = to_numpy(probability)
-        names = np.asarray(self._fine_labels)
+        names = np.asarray(self.fine_labels)
         return pd.DataFrame(prob_nf, adata.obs_names[rows], names) if soft else names[prob_nf.argmax(1)]
 
     def confusion_coarse_celltypes(

@@ -7,15 +7,19 @@ from typing import Any
 
 from torch import Tensor
 
-from scvi_lite.io.translators import condscvi, linear_scvi, multivi, peakvi, scanvi, scvi, totalvi
+from scvi_lite.io.translators import condscvi, destvi, linear_scvi, multivi, peakvi, scanvi, scvi, totalvi
 from scvi_lite.io.translators.common import Setup
 
 TRANSLATORS: dict[str, Callable[[dict[str, Any], Setup], dict[str, Tensor]]] = {
     "SCVI": scvi.translate,
     "LinearSCVI": linear_scvi.translate,
     "CondSCVI": condscvi.translate,
+    "DestVI": destvi.translate,
     "PEAKVI": peakvi.translate,
     "MULTIVI": multivi.translate,
     "SCANVI": scanvi.translate,
     "TOTALVI": totalvi.translate,
 }
+
+#: For a model whose constructor takes other arguments there.
+ARGUMENTS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"DestVI": destvi.arguments}

@@ -1,0 +1,285 @@
+"""DestVI's network: a spot as a mixture of cell types, each in a state of its own.
+
+Lopez et al. 2022, doi:10.1038/s41587-022-01272-8
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from numbers import Integral
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scvi_lite.data.batch import Batch
+from scvi_lite.errors import unknown
+from scvi_lite.nn.conditional import ConditionalDecoder, LabelMixture
+from scvi_lite.nn.layers import Encoder, Hidden
+from scvi_lite.nn.module import Loss, Module
+from scvi_lite.nn.normal import draw_normal, kl_normal, log_normal
+from scvi_lite.nn.rates import Rates
+
+AMORTIZATION = ("none", "latent", "proportion", "both")
+PRIOR_MODES = ("mog", "normal")
+LEAST_WEIGHT = 1e-3  # of the prior of a cell type that a spot lacks
+USUAL_BATCH = 128  # spots over which scvi-tools sums what the extra cell types take
+SPARSE_SHARES = 0.1  # concentration of the shares of cell types in a simulated spot: most have one type or two
+
+
+@dataclass(frozen=True)
+class SpotConfig:
+    """Sizes and options of a :class:`SpotModule`. Checked when made."""
+
+    n_genes: int
+    n_spots: int
+    n_batches: int
+    n_labels: int
+    n_hidden: int
+    n_latent: int
+    n_layers: int
+    n_components: int  #: of the prior of each cell type
+    batch_embedding_dim: int = 5
+    amortization: str = "both"
+    prior_mode: str = "mog"
+    n_states_per_label: int = 3
+    add_celltypes: int = 1
+    augmentation: bool = True
+    n_samples_augmentation: int = 2
+    dropout_amortization: float = 0.03
+    n_latent_amortization: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, choices in (("amortization", AMORTIZATION), ("prior_mode", PRIOR_MODES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(unknown(name, getattr(self, name), choices))
+        wholes = {"n_states_per_label": 1, "n_samples_augmentation": 1, "add_celltypes": 0}
+        if self.n_latent_amortization is not None:
+            wholes["n_latent_amortization"] = 1
+        for name, least in wholes.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+                raise ValueError(f"{name}={value!r}: a whole number of at least {least} is needed.")
+        if not isinstance(self.augmentation, bool):
+            raise ValueError(f"augmentation={self.augmentation!r}: True or False is needed.")
+        if not 0 <= self.dropout_amortization < 1:
+            raise ValueError(f"dropout_amortization={self.dropout_amortization!r}: a number in [0, 1) is needed.")
+
+    @property
+    def n_states(self) -> int:
+        """States in which a cell type may be in one spot."""
+        return self.n_states_per_label if self.prior_mode == "mog" else 1
+
+    @property
+    def amortizes_proportions(self) -> bool:
+        """Whether a network finds the proportions; else each spot has its own parameters."""
+        return self.amortization in ("proportion", "both")
+
+    @property
+    def amortizes_states(self) -> bool:
+        """Whether a network finds the states of the cell types; else each spot has its own parameters."""
+        return self.amortization in ("latent", "both")
+
+
+class PerSpot(nn.Module):
+    """Numbers of each spot (n, m): from a network that reads its counts, or kept for each spot.
+
+    Under several devices each rank holds the whole table. Rows of spots that a rank does not hold get no gradient
+    from it, and the mean over ranks is the gradient of the mean over the minibatches of all.
+    """
+
+    def __init__(self, config: SpotConfig, n_out: int, amortized: bool, dropout_rate: float):
+        super().__init__()
+        c, self.amortized = config, amortized
+        if amortized:
+            norms = {"batch_norm": False, "layer_norm": True}
+            n_in = c.n_latent_amortization or c.n_genes
+            self.hidden = Hidden(n_in, c.n_hidden, 2, dropout_rate=dropout_rate, **norms)
+            self.head = nn.Linear(c.n_hidden, n_out)
+        else:
+            self.table = nn.Parameter(torch.randn(c.n_spots, n_out))
+
+    def forward(self, x: Tensor, row_n: Tensor) -> Tensor:
+        return self.head(self.hidden(x)) if self.amortized else F.embedding(row_n, self.table)
+
+
+@dataclass
+class Spots:
+    """What a minibatch of spots is made of."""
+
+    proportion_nt: Tensor  #: shares of the l cell types, and of the extra ones behind them
+    z_nslk: Tensor  #: place in latent space of each state of each cell type
+    state_nsl: Tensor  #: shares of the states of a cell type
+    kl_input_n: Tensor | float = 0.0  #: KL of the latent input of the networks, where there is one
+
+    @property
+    def z_nlk(self) -> Tensor:
+        """Mean place of each cell type."""
+        return (self.state_nsl.unsqueeze(-1) * self.z_nslk).sum(1)
+
+
+class SpotModule(Module):
+    """Generative model: x_n ~ NB(l_n Σ_t v_nt μ_nt, θ).
+
+    The expression μ_nt of cell type t in spot n is the mean over states s, with shares π, of softmax(f(γ_nts, t) + β),
+    f the decoder of a :class:`~scvi_lite.nn.conditional.CondSCVIModule`, which is held; that of the extra types is
+    softmax(η). Proportions v, states γ and π, β, η and θ are fitted by maximum a posteriori.
+    """
+
+    def __init__(self, config: SpotConfig):
+        super().__init__()
+        self.config = c = config
+        sizes = (c.n_latent, c.batch_embedding_dim, c.n_hidden, c.n_layers, c.n_labels, c.n_genes)
+        self.decoder = ConditionalDecoder(*sizes, dropout_rate=0.0).requires_grad_(False)
+        self.batch_embedding = nn.Embedding(c.n_batches, c.batch_embedding_dim)
+        self.log_theta = nn.Parameter(torch.zeros(c.n_genes))
+        self.beta_g = nn.Parameter(torch.zeros(c.n_genes))
+        self.eta_ag = nn.Parameter(torch.zeros(c.add_celltypes, c.n_genes)) if c.add_celltypes else None
+        components = (c.n_labels, c.n_components)
+        self.register_buffer("prior_loc_lpk", torch.zeros(*components, c.n_latent))
+        self.register_buffer("prior_var_lpk", torch.ones(*components, c.n_latent))
+        self.register_buffer("prior_weight_lp", torch.full(components, 1 / c.n_components))
+        if c.n_latent_amortization and (c.amortizes_proportions or c.amortizes_states):
+            hidden = Hidden(c.n_genes, c.n_hidden, 2, batch_norm=False, layer_norm=True, dropout_rate=0.0)
+            self.encoder = Encoder(hidden, c.n_hidden, c.n_latent_amortization)
+        self.proportions = PerSpot(c, c.n_labels + c.add_celltypes, c.amortizes_proportions, 0.0)
+        n_shares = c.n_states * c.n_labels if c.n_states > 1 else 0
+        n_places = c.n_states * c.n_latent * c.n_labels
+        self.states = PerSpot(c, n_places + n_shares, c.amortizes_states, c.dropout_amortization)
+
+    # What a spot is made of -------------------------------------------------------------------------------------------
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether the networks read a latent space of the spots instead of their counts."""
+        return bool(self.config.n_latent_amortization) and self.config.amortization != "none"
+
+    def read(self, x_ng: Tensor) -> tuple[Tensor, Tensor | float]:
+        """What the networks read of counts, and its KL (n,)."""
+        if not self.has_encoder:
+            return x_ng.log1p(), 0.0
+        loc_nk, scale_nk = self.encoder(x_ng.log1p())
+        kl_n = kl_normal(loc_nk, scale_nk).sum(-1)
+        return (draw_normal(loc_nk, scale_nk) if self.training else loc_nk), kl_n
+
+    def infer(self, batch: Batch) -> Spots:
+        """Proportions and states of each spot."""
+        c = self.config
+        x, kl_input_n = self.read(batch.x.x_ng)  # dense: most genes have counts in a spot
+        proportion_nt = self.proportions(x, batch.row_n).softmax(-1)
+        flat = self.states(x, batch.row_n)
+        n_places = c.n_states * c.n_latent * c.n_labels
+        z_nslk = flat[:, :n_places].view(-1, c.n_states, c.n_latent, c.n_labels).transpose(-1, -2)
+        if c.n_states > 1:
+            state_nsl = flat[:, n_places:].view(-1, c.n_states, c.n_labels).softmax(1)
+        else:
+            state_nsl = z_nslk.new_ones(z_nslk.shape[:-1])
+        return Spots(proportion_nt, z_nslk, state_nsl, kl_input_n)
+
+    @property
+    def label_l(self) -> Tensor:
+        """Codes of the cell types."""
+        return torch.arange(self.config.n_labels, device=self.beta_g.device)
+
+    def expression(self, spots: Spots, batch: Batch, label_l: Tensor) -> Tensor:
+        """Expected proportions of genes in some cell types of each spot: (n, l, g)."""
+        dense_nd = self.batch_embedding(batch.batch_n)[:, None, None]
+        scale_nslg = (self.decoder(spots.z_nslk[:, :, label_l], label_l, dense_nd) + self.beta_g).softmax(-1)
+        return (spots.state_nsl[:, :, label_l, None] * scale_nslg).sum(1)
+
+    def mean(self, spots: Spots, scale_nlg: Tensor) -> Tensor:
+        """Expected proportions of genes in each spot, from those in its cell types: (n, g)."""
+        n_labels = self.config.n_labels
+        scale_ng = torch.einsum("nl,nlg->ng", spots.proportion_nt[:, :n_labels], scale_nlg)
+        if self.eta_ag is not None:
+            scale_ng = scale_ng + spots.proportion_nt[:, n_labels:] @ self.eta_ag.softmax(-1)
+        return scale_ng
+
+    def prior(self) -> LabelMixture:
+        """The prior of the state of each cell type, from the reference."""
+        return LabelMixture(self.prior_loc_lpk, self.prior_var_lpk.sqrt(), self.prior_weight_lp.log())
+
+    # Training ---------------------------------------------------------------------------------------------------------
+
+    def loss(
+        self,
+        batch: Batch,
+        kl_weight: float | Tensor = 1.0,
+        ct_sparsity_weight: float = 2.0,
+        weighting_augmentation: float = 100.0,
+        eta_reg: float = 1.0,
+        beta_reg: float = 1.0,
+        weighting_kl_latent: float = 0.001,
+        reconst_weight: float = 3.0,
+    ) -> Loss:
+        """Negative log posterior, mean over spots, and penalties whose weights are options of the plan."""
+        spots = self.infer(batch)
+        scale_ng = self.mean(spots, self.expression(spots, batch, self.label_l))
+        logit_ng = scale_ng.clamp(min=torch.finfo(scale_ng.dtype).tiny).log()
+        reconstruction_n = -Rates("nb", logit_ng, batch.library_n, self.log_theta).log_likelihood(batch.x)
+        kl_n = self.kl_states(spots)
+        log_v_nt = spots.proportion_nt.clamp(min=1e-20).log()
+        entropy_n = -(spots.proportion_nt * log_v_nt).sum(-1)
+        extra_n = spots.proportion_nt[:, self.config.n_labels :].sum(-1)
+        penalty_n = ct_sparsity_weight * entropy_n + eta_reg * USUAL_BATCH * extra_n
+        annealed_n = kl_n + penalty_n + weighting_kl_latent * spots.kl_input_n
+        kl_global = -beta_reg * log_normal(self.beta_g, 0.0, 1.0).sum()
+        total = (reconst_weight * reconstruction_n + kl_weight * annealed_n).mean() + kl_global
+        augmented_n = torch.zeros_like(kl_n)
+        if self.training and self.config.augmentation and self.config.amortizes_proportions:
+            augmented_n = self.augmented(batch, spots)
+            total = total + weighting_augmentation * augmented_n.mean()
+        extra = {"v_sparsity": penalty_n.sum(), "augmentation": augmented_n.sum()}
+        return Loss(total, reconstruction_n.sum(), kl_n.sum(), batch.n_cells, extra)
+
+    def kl_states(self, spots: Spots) -> Tensor:
+        """Minus the log prior of the states, (n,).
+
+        With mixtures of states, each cell type counts by its share of the spot: a type that is hardly there has
+        no state to speak of.
+        """
+        c = self.config
+        cost_nl = -(spots.state_nsl * self.prior().log_prob(spots.z_nslk, self.label_l)).sum(1)
+        if c.prior_mode == "normal":
+            return cost_nl.sum(-1)
+        return ((spots.proportion_nt[:, : c.n_labels] + LEAST_WEIGHT) * cost_nl).sum(-1)
+
+    def augmented(self, batch: Batch, spots: Spots) -> Tensor:
+        """How far the network's proportions are from the truth in spots that were mixed with simulated ones, (n,).
+
+        A simulated spot has few cell types, each in a state drawn from its prior. It replaces a part, from none to
+        all, of the counts of a real one. The cost is the KL of the proportions found from the mixed ones.
+        """
+        c, n = self.config, batch.n_cells
+        with torch.no_grad():
+            x_ng, total_n1 = batch.x.x_ng, batch.x.sum_rows(batch.x.value_m)[:, None]
+        cost_n = torch.zeros_like(total_n1[:, 0])
+        for _ in range(c.n_samples_augmentation):
+            with torch.no_grad():
+                share_nl, scale_ng = self.simulate(n, batch)
+                mix_n1 = torch.rand_like(total_n1)
+                target_nt = (1 - mix_n1) * spots.proportion_nt
+                target_nt[:, : c.n_labels] += mix_n1 * share_nl
+                counts_ng = torch.poisson(mix_n1 * total_n1 * scale_ng)
+                mixed_ng = (1 - mix_n1) * x_ng + counts_ng
+            found_nt = self.proportions(self.read(mixed_ng)[0], batch.row_n).log_softmax(-1)
+            cost_n = cost_n + F.kl_div(found_nt, target_nt, reduction="none").sum(-1)
+        return cost_n / c.n_samples_augmentation
+
+    def simulate(self, n: int, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Shares of cell types (n, l) of simulated spots, and their expected proportions of genes (n, g)."""
+        c, label_l = self.config, self.label_l
+        # Shares of a symmetric Dirichlet distribution are scaled gammas, here U^(1/a) of small shape a.
+        log_gamma_nl = torch.rand(n, c.n_labels, device=self.beta_g.device).clamp(min=1e-7).log() / SPARSE_SHARES
+        share_nl = log_gamma_nl.softmax(-1)
+        component_nl = torch.multinomial(self.prior_weight_lp, n, replacement=True).t()
+        loc_nlk = self.prior_loc_lpk[label_l, component_nl]
+        z_nlk = draw_normal(loc_nlk, self.prior_var_lpk[label_l, component_nl].sqrt())
+        dense_nd = self.batch_embedding(batch.batch_n)[:, None]
+        scale_nlg = (self.decoder(z_nlk, label_l, dense_nd) + self.beta_g).softmax(-1)
+        return share_nl, torch.einsum("nl,nlg->ng", share_nl, scale_nlg)
+
+    @property
+    def extra_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the penalty on proportions, and of the cost of augmented spots."""
+        return {"v_sparsity": (), "augmentation": ()}
