@@ -73,6 +73,10 @@ def compare(name: str, peer: str, folder: Path, repeats: int) -> dict[str, objec
         "scvi_tools": b,
         "ratio": a / b if more_is_better else b / a,
     }
+    if "beyond_imports_mib" in sides["scvi"][0]:
+        row["beyond_imports_mib"] = {
+            package: statistics.median(run["beyond_imports_mib"] for run in runs) for package, runs in sides.items()
+        }
     return row | {"ratio_min": min(pairs), "ratio_max": max(pairs), "runs": sides}
 
 
