@@ -152,6 +152,18 @@ def test_every_model_maps_queries(kind, make, setup, options, tmp_path):
     assert mapped.get_latent_representation().shape == (80, 3)
 
 
+def test_weights_of_cells_are_the_querys_own():
+    adata, query = multiome("r0", "r1"), multiome("q0", seed=1)
+    MULTIVI.setup_anndata(adata, **BATCH)
+    model = MULTIVI(adata, n_genes=20, n_regions=20, modality_weights="cell", **SMALL)
+    model.train(**FAST)
+    mapped = map_untrained(query, model)
+    mean = model.module.weight_logit.mean(0)
+    torch.testing.assert_close(mapped.module.weight_logit, mean.expand(40, 2))
+    mapped.train(**FAST)
+    assert not torch.equal(mapped.module.weight_logit, mean.expand(40, 2))
+
+
 def test_latent_space_is_held_by_default():
     model = reference(encode_covariates=True, n_layers=2)
     mapped = map_untrained(cells("q0"), model)

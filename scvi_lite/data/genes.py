@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mudata import MuData
 
 
-def match_genes(data: AnnData | MuData, var_names: Sequence[str] | dict[str, Sequence[str]]) -> AnnData | MuData:
+def match_genes(data: AnnData | MuData, var_names: Sequence[str] | Mapping[str, Sequence[str]]) -> AnnData | MuData:
     """The data with the model's genes in the model's order; reordered, and said so, where they are not.
 
     Parameters
@@ -32,7 +32,7 @@ def match_genes(data: AnnData | MuData, var_names: Sequence[str] | dict[str, Seq
     ValueError
         If genes are missing.
     """
-    if not isinstance(var_names, dict):
+    if not isinstance(var_names, Mapping):
         check_anndata(data)
         return _match_part(data, var_names)
     check_mudata(data, var_names)
@@ -48,7 +48,7 @@ def replace_modalities(mdata: MuData, parts: Mapping[str, AnnData]) -> MuData:
 
     with set_options(pull_on_update=False):
         whole = MuData({**mdata.mod, **parts})[mdata.obs_names].copy()
-        whole.obs, whole.uns = mdata.obs, mdata.uns
+        whole.obs, whole.uns = mdata.obs.copy(), dict(mdata.uns)
     for key, values in mdata.obsm.items():
         whole.obsm[key] = values
     return whole

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from torch import Tensor
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
     from mudata import MuData
 
     from scvi_lite.io.folder import SavedModel
-
-M = TypeVar("M", bound=Model)
 
 
 def prepare_query_anndata(
@@ -133,7 +130,7 @@ def prepare_query_mudata(
 
 
 def load_query_data(
-    cls: type[M],
+    cls: type[Model],
     adata: AnnData | None = None,
     reference_model: Model | str | Path | None = None,
     inplace_subset_query_vars: bool = False,
@@ -147,7 +144,7 @@ def load_query_data(
     freeze_batchnorm_decoder: bool = False,
     freeze_classifier: bool = True,
     transfer_batch: bool = True,
-) -> M:
+) -> Any:
     """A model of new data on top of a trained reference, whose cells are not needed.
 
     The query's batches, and its new categories of other categorical covariates, get weights of their own beside those
@@ -251,7 +248,7 @@ def _reference(reference_model: Model | str | Path | None) -> SavedModel:
     """The reference as plain data."""
     if isinstance(reference_model, Model):
         return to_saved(reference_model)
-    if isinstance(reference_model, str | os.PathLike):
+    if isinstance(reference_model, str | Path):
         return read_saved(reference_model)
     kind = type(reference_model).__name__
     raise TypeError(f"reference_model is a {kind}: a model is needed, or the folder that it was saved to.")

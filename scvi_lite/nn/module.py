@@ -69,6 +69,11 @@ class Module(nn.Module, ABC):
 
     frozen = Frozen()
 
+    @property
+    def per_cell(self) -> tuple[str, ...]:
+        """Parameters with a row for each cell of the data that the model was made with."""
+        return ()
+
     def freeze(self, frozen: Frozen) -> None:
         """Hold a part of the weights from now on; travels with the module to other processes."""
         for name, parameter in self.named_parameters():

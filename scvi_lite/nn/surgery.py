@@ -61,7 +61,7 @@ def choose_frozen(module: Module, n_old: Mapping[str, int], freeze: Freeze) -> F
         own = part in OWN_OF_THE_QUERY
         held = not own and freeze.holds(part, of, is_first=re.search(r"blocks\.[1-9]", path) is None)
         for name, _ in of.named_parameters(prefix=path, recurse=False):
-            weights += [name] if held and name not in n_old else []
+            weights += [name] if held and name not in n_old and name not in module.per_cell else []
         if (held and isinstance(of, nn.BatchNorm1d)) or (freeze.dropout and isinstance(of, Block | nn.Dropout)):
             still.append(path)
     rows = {name: n for name, n in n_old.items() if name.partition(".")[0] not in OWN_OF_THE_QUERY}
@@ -90,6 +90,8 @@ def grow(
     covariates = [(n_old[name], n_new[name]) for name in n_new if name.startswith(COVARIATES)]
     for prefix in {name.rpartition(".")[0] for name in fresh if re.search(r"(^|\.)tables\.\d+$", name)}:
         state |= _align(prefix, state, fresh, covariates)
+    for name in module.per_cell:  # the query's cells begin as the mean of the reference's
+        state[name] = state[name].mean(0, keepdim=True).expand_as(fresh[name])
     parameters, rows = dict(module.named_parameters()), {}
     sizes = {(n_old[name], n_new[name]) for name in n_new if n_old[name] < n_new[name]}
     for name, tensor in fresh.items():
@@ -117,7 +119,7 @@ def _align(
     sizes = [n for _, n in covariates if n > 1]
     if sizes != [len(table) for table in now[: len(sizes)]]:
         covariates = covariates[1:]  # batches that are embedded have no table
-    aligned = []
+    aligned: list[Tensor | None] = []
     for was, will_be in covariates:
         if will_be > 1:
             aligned.append(next(before, None) if was > 1 else now[len(aligned)].new_zeros(1, now[0].shape[1]))
