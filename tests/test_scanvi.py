@@ -229,8 +229,8 @@ def test_few_of_each_label():
     assert taught == sum(batch.extra.n_cells for batch in seen) == 60
 
 
-def test_adversary_mixes_batches():
-    """With an adversary, batches that differ are harder to tell apart in latent space."""
+def test_adversary():
+    """It trains along, where there are batches to tell apart."""
     adata = scvi_lite.data.simulate(n_cells=300, n_genes=40, n_types=2, seed=0)
     adata.obs["known"] = adata.obs["cell_type"].astype(str)
     SCANVI.setup_anndata(adata, **SETUP, batch_key="batch")
@@ -441,8 +441,9 @@ def test_setup_errors():
     adata = cells()
     with pytest.raises(TypeError, match="unlabeled_category"):
         SCANVI.setup_anndata(adata, "known")
-    with pytest.raises(ValueError, match="unlabeled_category=None: the name is needed"):
-        SCANVI.setup_anndata(adata, "known", None)
+    for unlabeled in (None, float("nan"), ["Unknown"]):
+        with pytest.raises(ValueError, match="unlabeled_category=.*: the name is needed"):
+            SCANVI.setup_anndata(adata, "known", unlabeled)
     with pytest.raises(KeyError, match="labels_key='knwn'.*Did you mean 'known'"):
         SCANVI.setup_anndata(adata, "knwn", "Unknown")
     with pytest.raises(KeyError, match="labels_key=None"):
@@ -481,6 +482,7 @@ def test_model_errors(options, message):
     [
         ({"plan_kwargs": {"classification_ration": 3}}, "Did you mean 'classification_ratio'"),
         ({"plan_kwargs": {"classification_ratio": -1}}, "zero or more"),
+        ({"adversarial_classifier": "yes"}, "True or False is needed"),
         ({"n_samples_per_label": 0}, "n_samples_per_label=0: a number of at least 1"),
         ({"datasplitter_kwargs": {"labeled_share": -1}}, "labeled_share=-1: a number of 0 or more"),
         ({"datasplitter_kwargs": {"labelled_share": 1}}, "Did you mean 'labeled_share'"),

@@ -34,7 +34,7 @@ class Labels(Categorical):
         self.unlabeled = unlabeled
 
     def register(self, adata: AnnData) -> dict[str, Any]:
-        if not isinstance(self.unlabeled, str | int | float):
+        if not isinstance(self.unlabeled, str | int | float) or self.unlabeled != self.unlabeled:  # NaN is no name
             raise ValueError(
                 f"unlabeled_category={self.unlabeled!r}: the name is needed that cells without a label have in "
                 f"adata.obs[{self.key!r}]. If all have one, any other name will do: unlabeled_category='Unknown'."

@@ -338,6 +338,8 @@ class SCANVI(Model):
         """
         if max_epochs is None and self._is_pretrained:
             max_epochs = min(10, max(2, round(heuristic_epochs(self.adata.n_obs) / 3)))
+        if adversarial_classifier not in (True, False, None):
+            raise ValueError(f"adversarial_classifier={adversarial_classifier!r}: True or False is needed.")
         adversary = None
         if adversarial_classifier:
             if self.registry.n_batches < 2:
