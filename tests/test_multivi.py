@@ -291,6 +291,53 @@ def test_bad_input():
         organize_multiome_anndatas(both, foreign)
 
 
+@pytest.fixture(scope="module")
+def with_proteins():
+    with set_options(pull_on_update=False):
+        rna, atac, kind = two_types()
+        mean_kp = np.array([[60.0, 4.0, 60.0], [4.0, 60.0, 60.0]])
+        counts = np.random.default_rng(2).poisson(mean_kp[kind]).astype(np.float32)
+        protein = anndata.AnnData(counts, obs=rna.obs.copy(), var=pd.DataFrame(index=["CD1", "CD2", "CD3"]))
+        mdata = MuData({"protein": protein[40:].copy(), "atac": atac[:200].copy(), "rna": rna})[rna.obs_names].copy()
+        MULTIVI.setup_mudata(mdata, modalities=WHERE | {"protein_layer": "protein"})
+        torch.manual_seed(0)
+        model = MULTIVI(mdata, n_hidden=16, n_latent=3)
+        model.train(40, lr=5e-3, batch_size=64, n_epochs_kl_warmup=10, early_stopping=False, **SILENT)
+        return model, kind
+
+
+def test_proteins(with_proteins, tmp_path):
+    model, kind = with_proteins
+    p_np = model.get_protein_foreground_probability()
+    assert p_np.columns.tolist() == ["CD1", "CD2", "CD3"] and p_np.to_numpy().min() >= 0 and p_np.to_numpy().max() <= 1
+    unmeasured = np.arange(40)  # told from RNA and chromatin
+    higher = (p_np["CD1"] > p_np["CD2"]).to_numpy()
+    assert (higher == (kind == 0))[unmeasured].mean() > 0.9
+    draws = model.get_protein_foreground_probability(
+        protein_list=["CD3"], use_z_mean=False, n_samples=2, return_mean=False
+    )
+    assert draws.shape == (2, 240, 1)
+    of_protein = model.get_latent_representation(modality="protein")
+    assert np.isnan(of_protein[:40]).all() and np.isfinite(of_protein[40:]).all()
+    errors = model.get_reconstruction_error(return_mean=False)
+    assert (errors["reconstruction_loss_protein"][:40] == 0).all()
+    assert (errors["reconstruction_loss_protein"][40:] > 0).all()
+    assert float(model.get_marginal_ll(n_mc_samples=30)) > float(model.get_elbo())
+    model.save(tmp_path / "model", save_anndata=True)
+    loaded = MULTIVI.load(tmp_path / "model")
+    np.testing.assert_array_equal(loaded.get_latent_representation(), model.get_latent_representation())
+    with pytest.raises(ValueError, match="Did you mean 'CD1'"):
+        model.get_protein_foreground_probability(protein_list=["cd1"])
+
+
+def test_a_model_without_proteins_says_so(trained):
+    model, *_ = trained
+    with pytest.raises(RuntimeError, match="has no proteins"):
+        model.get_protein_foreground_probability()
+    with pytest.raises(ValueError, match="modality='protein'"):
+        model.get_latent_representation(modality="protein")
+
+
 def test_two_ranks(tmp_path):
     """PEAKVI and MULTIVI on two devices: ranks end alike, whichever of them has the cells with chromatin."""
     first, second = run_on_two_ranks(

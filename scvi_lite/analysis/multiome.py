@@ -5,7 +5,7 @@ doi:10.1038/s41592-023-01909-9
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scvi_lite.analysis.expression import as_frame, expected, mean_over, minibatches
-from scvi_lite.analysis.inputs import draw, gene_positions, minibatch_size, to_numpy, whole_number
+from scvi_lite.analysis.expression import expected, mean_over, minibatches
+from scvi_lite.analysis.inputs import draw, gene_positions, minibatch_size, positions_of, to_numpy, whole_number
 from scvi_lite.analysis.latent import positions
-from scvi_lite.errors import unknown
+from scvi_lite.errors import StateError, unknown
 from scvi_lite.nn.multivi import has
 from scvi_lite.nn.vae import Posterior
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     Data: TypeAlias = AnnData | MuData
 
-MODALITIES = ("joint", "expression", "accessibility")
+MODALITIES = ("joint", "expression", "accessibility", "protein")
 
 
 def get_latent_representation(
@@ -50,7 +50,7 @@ def get_latent_representation(
     adata
         Cells to look at; the model's own by default.
     modality
-        ``"joint"``: from all that a cell has; ``"expression"`` or ``"accessibility"``: from one alone.
+        ``"joint"``: from all that a cell has; ``"expression"``, ``"accessibility"`` or ``"protein"``: from one alone.
     indices, give_mean, batch_size, return_dist, mc_samples
         As in ``get_latent_representation`` of SCVI.
 
@@ -67,18 +67,15 @@ def get_latent_representation(
     IndexError
         If ``indices`` has rows that do not exist.
     """
-    if modality not in MODALITIES:
-        raise ValueError(unknown("modality", modality, MODALITIES))
     module = model.module
+    known = MODALITIES if module.config.n_proteins else MODALITIES[:3]
+    if modality not in known:
+        raise ValueError(unknown("modality", modality, known))
+    place = known.index(modality) - 1
 
     def one_alone(batch: Batch) -> Posterior:
-        one, other = module.encode_each(batch)
-        q, has_n = (
-            (one, has(batch.x, batch.has_x_n))
-            if modality == "expression"
-            else (other, has(batch.peaks, batch.has_peaks_n))
-        )
-        return replace(q, z_loc_nk=torch.where(has_n[:, None], q.z_loc_nk, torch.nan))
+        q, has_n1 = module.encode_each(batch)[place], module.present(batch)[:, place, None]
+        return replace(q, z_loc_nk=torch.where(has_n1, q.z_loc_nk, torch.nan))
 
     encode = module.encode if modality == "joint" else one_alone
     return positions(model, encode, adata, indices, give_mean, mc_samples, batch_size, return_dist)
@@ -138,6 +135,29 @@ def get_normalized_expression(
         If ``indices`` has rows that do not exist.
     """
     genes = gene_positions(model, gene_list)
+    names = model._gene_names if genes is None else [model._gene_names[i] for i in genes]
+    return _decoded(
+        model, lambda batch, z: expected(model, z, None, batch, None, genes), names, adata, indices, n_samples_overall,
+        transform_batch, use_z_mean, n_samples, batch_size, return_mean, return_numpy, silent,
+    )  # fmt: skip
+
+
+def _decoded(
+    model: Model,
+    value_of: Callable[[Batch, Tensor], Tensor],
+    names: Sequence[str],
+    adata: Data | None,
+    indices: Any,
+    n_samples_overall: int | None,
+    transform_batch: Any,
+    use_z_mean: bool,
+    n_samples: int,
+    batch_size: int | None,
+    return_mean: bool,
+    return_numpy: bool,
+    silent: bool,
+) -> pd.DataFrame | np.ndarray:
+    """What a decoder says at the posterior mean of cells, or at draws: (n, features), or (s, n, features)."""
     codes = model._batch_codes(transform_batch)
     whole_number(n_samples=n_samples)
     if n_samples > 1 and use_z_mean:
@@ -148,17 +168,21 @@ def get_normalized_expression(
         whole_number(n_samples_overall=n_samples_overall)
         rows = draw(rows, n_samples_overall)
     model._warn_if_untrained()
-    n_genes = len(model._gene_names)
     several = n_samples > 1
-    shape = (len(rows), n_genes if genes is None else len(genes))
+    shape = (len(rows), len(names))
     value = np.empty((n_samples, *shape) if several and not return_mean else shape, dtype=np.float32)
     out = torch.from_numpy(value)
-    for cells, batch in minibatches(model, adata, rows, minibatch_size(batch_size, n_samples * n_genes), silent):
+    size = minibatch_size(batch_size, n_samples * model.module.config.n_genes)
+    for cells, batch in minibatches(model, adata, rows, size, silent):
         q = model.module.encode(batch)
         z = q.z_loc_nk if use_z_mean else q.sample_z(n_samples if several else None)
-        mean = mean_over(codes, lambda code: expected(model, z, None, batch, code, genes))  # noqa: B023 (used at once)
+        mean = mean_over(codes, lambda code: value_of(batch if code is None else batch.with_batch(code), z))  # noqa: B023
         out[..., cells, :] = mean.mean(0) if several and return_mean else mean
-    return value if return_numpy or value.ndim == 3 else as_frame(model, value, adata, rows, genes)
+    if return_numpy or value.ndim == 3:
+        return value
+    import pandas as pd
+
+    return pd.DataFrame(value, index=adata.obs_names[rows], columns=names, copy=False)
 
 
 def get_library_size_factors(
@@ -182,3 +206,55 @@ def get_library_size_factors(
         depth_n = module.depth(batch).sigmoid()
         factors["accessibility"].append(torch.where(has(batch.peaks, batch.has_peaks_n), depth_n, torch.nan))
     return {name: to_numpy(parts) for name, parts in factors.items()}
+
+
+def get_protein_foreground_probability(
+    model: Model,
+    adata: Data | None = None,
+    indices: Any = None,
+    transform_batch: Any = None,
+    protein_list: Sequence[str] | None = None,
+    n_samples: int = 1,
+    batch_size: int | None = None,
+    use_z_mean: bool = True,
+    return_mean: bool = True,
+    return_numpy: bool | None = None,
+    silent: bool = True,
+) -> pd.DataFrame | np.ndarray:
+    """Probability that each cell has each protein: that its count is foreground, and not background.
+
+    Parameters
+    ----------
+    protein_list
+        Names of proteins, which are given in this order; all by default.
+    adata, indices, transform_batch, n_samples, batch_size, use_z_mean, return_mean, return_numpy, silent
+        As in ``get_normalized_expression``.
+
+    Returns
+    -------
+    pandas.DataFrame or numpy.ndarray
+        float32: (n, p); (s, n, p) with several samples that are not averaged.
+
+    Raises
+    ------
+    RuntimeError
+        If the model has no proteins.
+    ValueError
+        If a protein or a batch is unknown (the nearest is named), or a number is out of range.
+    """
+    if not model.protein_names:
+        raise StateError(
+            "This model has no proteins. Name them in the setup: protein_expression_obsm_key=... of setup_anndata, or "
+            "modalities={'protein_layer': ...} of setup_mudata."
+        )
+    proteins = positions_of("protein_list", protein_list, model.protein_names, "proteins")
+
+    def probability(batch: Batch, z: Tensor) -> Tensor:
+        p_np = model.module.decode_proteins(z, batch).foreground_probability_np
+        return p_np if proteins is None else p_np[..., torch.from_numpy(proteins).to(p_np.device)]
+
+    names = model.protein_names if proteins is None else [model.protein_names[i] for i in proteins]
+    return _decoded(
+        model, probability, names, adata, indices, None, transform_batch, use_z_mean, n_samples, batch_size,
+        return_mean, bool(return_numpy), silent,
+    )  # fmt: skip

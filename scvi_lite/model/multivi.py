@@ -16,6 +16,7 @@ from scvi_lite.data.batch import Batch
 from scvi_lite.data.fields import Matrix, check_keys, columns_of_obs
 from scvi_lite.data.modalities import read_modalities
 from scvi_lite.data.multiome import GENES, genes_of
+from scvi_lite.data.proteins import Proteins
 from scvi_lite.data.registry import Registry
 from scvi_lite.errors import as_options
 from scvi_lite.model import query
@@ -74,6 +75,8 @@ class MULTIVI(Model):
         Covariates enter the encoders too.
     fully_paired
         As notebooks of scvi-tools say it. Here it changes nothing: what each cell has is read from its data.
+    protein_dispersion
+        ``"protein"``, ``"protein-batch"`` or ``"protein-label"``, where there are proteins.
 
     Raises
     ------
@@ -113,6 +116,7 @@ class MULTIVI(Model):
     get_normalized_expression = multiome.get_normalized_expression
     get_normalized_accessibility = accessibility.get_normalized_accessibility
     get_library_size_factors = multiome.get_library_size_factors
+    get_protein_foreground_probability = multiome.get_protein_foreground_probability
     get_region_factors = accessibility.get_region_factors
     differential_accessibility = accessibility.differential_accessibility
     differential_abundance = abundance.differential_abundance
@@ -138,6 +142,7 @@ class MULTIVI(Model):
         deeply_inject_covariates: bool = False,
         encode_covariates: bool = False,
         fully_paired: bool = False,
+        protein_dispersion: str = "protein",
     ):
         given = dict(
             n_genes=n_genes,
@@ -158,6 +163,7 @@ class MULTIVI(Model):
             deeply_inject_covariates=deeply_inject_covariates,
             encode_covariates=encode_covariates,
             fully_paired=fully_paired,
+            protein_dispersion=protein_dispersion,
         )
         super().__init__(adata, given)
 
@@ -174,7 +180,14 @@ class MULTIVI(Model):
         )
         options |= {"n_layers": arguments["n_layers_encoder"], "n_regions": n_regions}
         config = configure(self.registry, options | {"n_cells": self.registry.n_cells}, MultiConfig)
-        return MULTIVIModule(replace(config, n_genes=n_genes))
+        measured = self.registry.fields.get("proteins_np", {}).get("measured", [[]])
+        config = replace(config, n_genes=n_genes, n_proteins=len(measured[0]))
+        return MULTIVIModule(config, torch.tensor(measured) if measured[0] else None)
+
+    @property
+    def protein_names(self) -> list[str]:
+        """Names of the proteins, in the order the model reads them; none without proteins."""
+        return list(self.registry.fields.get("proteins_np", {}).get("names", ()))
 
     def _minibatches(
         self, adata: Any = None, indices: Any = None, batch_size: int | None = None, with_counts: bool = True
@@ -304,6 +317,8 @@ class MULTIVI(Model):
         size_factor_key: str | None = None,
         categorical_covariate_keys: Sequence[str] | None = None,
         continuous_covariate_keys: Sequence[str] | None = None,
+        protein_expression_obsm_key: str | None = None,
+        protein_names_uns_key: str | None = None,
         labels_key: str | None = None,
     ) -> None:
         """Check the data and note what the model reads from them, in ``adata.uns["scvi_lite"]``.
@@ -321,11 +336,16 @@ class MULTIVI(Model):
             Column of positive factors to use instead of the library size of genes.
         categorical_covariate_keys, continuous_covariate_keys
             Columns of further covariates to correct for.
+        protein_expression_obsm_key
+            Key of ``adata.obsm`` with counts of proteins, if there are some. A protein that is zero in all cells of a
+            batch was not measured there.
+        protein_names_uns_key
+            Key of ``adata.uns`` with their names; by default those of the data frame's columns.
 
         Raises
         ------
         KeyError
-            If a column or layer does not exist.
+            If a column, a layer or a key does not exist.
         ValueError
             If counts are negative, NaN or infinite, values are missing, or names repeat.
         """
@@ -335,9 +355,15 @@ class MULTIVI(Model):
             size_factor_key=size_factor_key,
             categorical_covariate_keys=check_keys("categorical_covariate_keys", categorical_covariate_keys),
             continuous_covariate_keys=check_keys("continuous_covariate_keys", continuous_covariate_keys),
+            protein_expression_obsm_key=protein_expression_obsm_key,
+            protein_names_uns_key=protein_names_uns_key,
             labels_key=labels_key,
         )
-        cls._register(adata, [Matrix("x", layer), *columns_of_obs(given)], given)
+        fields = [Matrix("x", layer), *columns_of_obs(given)]
+        if protein_expression_obsm_key is not None:
+            batch = next(field for field in fields if field.name == "batch_n")
+            fields.append(Proteins("proteins_np", protein_expression_obsm_key, protein_names_uns_key, panels=batch))
+        cls._register(adata, fields, given)
 
     @classmethod
     def setup_mudata(
@@ -345,6 +371,7 @@ class MULTIVI(Model):
         mdata: MuData,
         rna_layer: str | None = None,
         atac_layer: str | None = None,
+        protein_layer: str | None = None,
         batch_key: str | None = None,
         size_factor_key: str | None = None,
         categorical_covariate_keys: Sequence[str] | None = None,
@@ -361,12 +388,12 @@ class MULTIVI(Model):
         ----------
         mdata
             RNA and chromatin as two modalities, whose cells may overlap in part, or not at all.
-        rna_layer, atac_layer
+        rna_layer, atac_layer, protein_layer
             Layers that hold the counts; ``X`` by default.
         modalities
             In which modality to find what each argument names:
             ``{"rna_layer": "rna", "atac_layer": "atac", "batch_key": "rna"}``. The first two are needed; columns are
-            looked for in ``mdata.obs`` by default.
+            looked for in ``mdata.obs`` by default. Proteins are modelled where ``"protein_layer"`` is among them.
         batch_key, labels_key, size_factor_key, categorical_covariate_keys, continuous_covariate_keys
             Columns, as in :meth:`setup_anndata`.
 
@@ -382,6 +409,7 @@ class MULTIVI(Model):
         given = dict(
             rna_layer=rna_layer,
             atac_layer=atac_layer,
+            protein_layer=protein_layer,
             batch_key=batch_key,
             size_factor_key=size_factor_key,
             categorical_covariate_keys=check_keys("categorical_covariate_keys", categorical_covariate_keys),
@@ -390,8 +418,11 @@ class MULTIVI(Model):
         )
         where = read_modalities(mdata, modalities, given, needed=("rna_layer", "atac_layer"))
         peaks = Matrix("peaks", atac_layer, modality=where["atac_layer"])
-        matrices = [Matrix("x", rna_layer, modality=where["rna_layer"]), peaks]
-        cls._register(mdata, [*matrices, *columns_of_obs(given, where)], given | {"modalities": where})
+        fields = [Matrix("x", rna_layer, modality=where["rna_layer"]), peaks, *columns_of_obs(given, where)]
+        if (modality := where["protein_layer"]) is not None:
+            batch = next(field for field in fields if field.name == "batch_n")
+            fields.append(Proteins("proteins_np", layer=protein_layer, modality=modality, panels=batch))
+        cls._register(mdata, fields, given | {"modalities": where})
         accessibility.note_counts(peaks.read(mdata, peaks.state(layer=atac_layer)))
 
 
@@ -402,7 +433,6 @@ NOT_OF_THE_NETWORK = (
     "n_latent",
     "n_layers_encoder",
     "fully_paired",
-    "protein_dispersion",
 )
 
 

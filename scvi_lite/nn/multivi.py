@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import ClassVar
 
 import torch
@@ -15,9 +17,14 @@ from scvi_lite.nn.accessibility import Accessibility, Head
 from scvi_lite.nn.layers import Encoder
 from scvi_lite.nn.module import Loss
 from scvi_lite.nn.normal import kl_normal
-from scvi_lite.nn.vae import VAE, CountVAE, Decoder, Posterior, VAEConfig
+from scvi_lite.nn.protein import DISPERSIONS, LEARNT, ProteinDecoder, ProteinRates
+from scvi_lite.nn.vae import VAE, CountVAE, Decoder, Posterior, VAEConfig, by_code
 
-CHOICES = {"modality_weights": ("equal", "universal", "cell"), "modality_penalty": ("Jeffreys", "MMD", "None")}
+CHOICES = {
+    "modality_weights": ("equal", "universal", "cell"),
+    "modality_penalty": ("Jeffreys", "MMD", "None"),
+    "protein_dispersion": DISPERSIONS,
+}
 WIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the kernels of the MMD, in the units of the prior of z
 NEVER = -1e9  # logit of a modality that a cell lacks
 SMALLEST = 1e-12
@@ -34,6 +41,8 @@ class MultiConfig(VAEConfig):
     modality_weights: str = "equal"
     modality_penalty: str = "Jeffreys"
     model_depth: bool = True
+    n_proteins: int = 0
+    protein_dispersion: str = "protein"
 
     sizes: ClassVar[tuple[str, ...]] = (*VAEConfig.sizes, "n_layers_decoder")
     switches: ClassVar[tuple[str, ...]] = (*VAEConfig.switches, "region_factors")
@@ -46,13 +55,20 @@ class MultiConfig(VAEConfig):
 
 
 class MULTIVIModule(VAE):
-    """Generative model: z ~ N(0, I), genes as in scVI, regions as in PeakVI; a cell has one kind of data, or both.
+    """Generative model: z ~ N(0, I), genes as in scVI, regions as in PeakVI, and perhaps proteins as in totalVI.
 
-    Each kind has an encoder. The posterior of a cell with both is a weighted mean of theirs, with weights w that sum to
-    one over the kinds it has: location Σ w μ and variance Σ √w σ².
+    Each kind of data has an encoder. The posterior of a cell with several is a weighted mean of theirs, with weights w
+    that sum to one over the kinds it has: location Σ w μ and variance Σ √w σ².
+
+    Parameters
+    ----------
+    config
+        Sizes and options.
+    measured_bp
+        (batches, p): the proteins that were measured in each batch.
     """
 
-    def __init__(self, config: MultiConfig):
+    def __init__(self, config: MultiConfig, measured_bp: Tensor | None = None):
         super().__init__(config)
         c = config
         self.encoder_expression = self._encoder(c.n_genes)
@@ -66,8 +82,17 @@ class MULTIVIModule(VAE):
         if c.gene_likelihood != "poisson" and c.dispersion != "gene-cell":
             rows = {"gene": (), "gene-batch": (c.n_batches,), "gene-label": (c.n_labels,)}[c.dispersion]
             self.log_theta = nn.Parameter(torch.randn(*rows, c.n_genes))
+        if c.n_proteins:
+            self.encoder_protein = self._encoder(c.n_proteins)
+            self.proteins = Proteins(self, measured_bp)
         if c.modality_weights != "equal":
-            self.weight_logit = nn.Parameter(torch.zeros(*((c.n_cells,) if c.modality_weights == "cell" else ()), 2))
+            cells = (c.n_cells,) if c.modality_weights == "cell" else ()
+            self.weight_logit = nn.Parameter(torch.zeros(*cells, 3 if c.n_proteins else 2))
+
+    @property
+    def per_cell(self) -> tuple[str, ...]:
+        """The weights of modalities, where each cell has its own."""
+        return ("weight_logit",) if self.config.modality_weights == "cell" else ()
 
     def _encoder(self, n_in: int) -> Encoder:
         c = self.config
@@ -79,40 +104,48 @@ class MULTIVIModule(VAE):
 
     # Posterior --------------------------------------------------------------------------------------------------------
 
-    def encode_each(self, batch: Batch) -> tuple[Posterior, Posterior]:
-        """What expression alone, and accessibility alone, say of z."""
+    def encode_each(self, batch: Batch) -> list[Posterior]:
+        """What expression alone, accessibility alone, and perhaps proteins alone, say of z."""
         covariates = self.encoded_covariates(batch)
-        return (
-            Posterior(*self.encoder_expression(batch.x, *covariates)),
-            Posterior(*self.encoder_accessibility(batch.peaks, *covariates)),
-        )
+        parts = [self.encoder_expression(batch.x, *covariates), self.encoder_accessibility(batch.peaks, *covariates)]
+        if self.config.n_proteins:
+            parts.append(self.encoder_protein(batch.proteins_np, *covariates))
+        return [Posterior(*part) for part in parts]
+
+    def present(self, batch: Batch) -> Tensor:
+        """Which modalities each cell has, (n, m) bool, in the order of the encoders."""
+        has_n = [has(batch.x, batch.has_x_n), has(batch.peaks, batch.has_peaks_n)]
+        if self.config.n_proteins:
+            some_n = (batch.proteins_np > 0).any(1)
+            has_n.append(some_n if batch.has_proteins_n is None else some_n & batch.has_proteins_n)
+        return torch.stack(has_n, dim=1)
 
     def encode(self, batch: Batch) -> Posterior:
         """The joint posterior; that of a cell without data is the prior."""
         return self._mix(self.encode_each(batch), batch)
 
-    def _mix(self, parts: tuple[Posterior, Posterior], batch: Batch) -> Posterior:
-        weight_n2 = self.weights(batch)
-        loc_2nk = torch.stack([part.z_loc_nk for part in parts])
-        variance_2nk = torch.stack([part.z_scale_nk**2 for part in parts])
-        root_n2 = torch.where(weight_n2 > SMALLEST, weight_n2.clamp(min=SMALLEST).sqrt(), 0.0)
-        loc_nk = torch.einsum("nm,mnk->nk", weight_n2, loc_2nk)
-        variance_nk = torch.einsum("nm,mnk->nk", root_n2, variance_2nk)
-        nothing_n1 = (weight_n2.sum(1) < 0.5)[:, None]
+    def _mix(self, parts: Sequence[Posterior], batch: Batch) -> Posterior:
+        weight_nm = self.weights(batch)
+        loc_mnk = torch.stack([part.z_loc_nk for part in parts])
+        variance_mnk = torch.stack([part.z_scale_nk**2 for part in parts])
+        root_nm = torch.where(weight_nm > SMALLEST, weight_nm.clamp(min=SMALLEST).sqrt(), 0.0)
+        loc_nk = torch.einsum("nm,mnk->nk", weight_nm, loc_mnk)
+        variance_nk = torch.einsum("nm,mnk->nk", root_nm, variance_mnk)
+        nothing_n1 = (weight_nm.sum(1) < 0.5)[:, None]
         return Posterior(loc_nk, torch.where(nothing_n1, 1.0, variance_nk).sqrt())
 
     def weights(self, batch: Batch) -> Tensor:
-        """Share of each modality in the posterior of each cell, (n, 2); zeros for a cell without data."""
-        has_n2 = torch.stack([has(batch.x, batch.has_x_n), has(batch.peaks, batch.has_peaks_n)], dim=1)
+        """Share of each modality in the posterior of each cell, (n, m); zeros for a cell without data."""
+        has_nm = self.present(batch)
         kind = self.config.modality_weights
         if kind == "equal":
-            logit = torch.zeros(2, device=has_n2.device)
+            logit = torch.zeros(has_nm.shape[1], device=has_nm.device)
         elif kind == "universal":
             logit = self.weight_logit
         else:  # a cell that was not there in training has no weights of its own, and row -1
             own = self.weight_logit[batch.row_n.clamp(min=0)]
             logit = torch.where((batch.row_n >= 0)[:, None], own, self.weight_logit.mean(0))
-        return torch.where(has_n2, logit, NEVER).softmax(-1) * has_n2
+        return torch.where(has_nm, logit, NEVER).softmax(-1) * has_nm
 
     # Likelihood -------------------------------------------------------------------------------------------------------
 
@@ -137,14 +170,46 @@ class MULTIVIModule(VAE):
         """Zero: the library is no latent variable."""
         return batch.total_n.new_zeros(batch.n_cells)
 
+    def decode_proteins(self, z: Tensor, batch: Batch) -> ProteinRates:
+        """The rates of proteins at latent ``z`` (..., n, k)."""
+        return self.proteins(self.to_latent(z), self.covariates(batch), batch)
+
     def reconstruction(self, z: Tensor, library: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Negative log-likelihood of each modality (..., n), zero where a cell lacks it."""
-        expression = self.decode(z, library, batch).log_likelihood(batch.x)
-        accessibility = self.decode_regions(z, self.depth(batch), batch).log_likelihood(batch.peaks)
-        return {
-            "reconstruction_loss_expression": -torch.where(has(batch.x, batch.has_x_n), expression, 0.0),
-            "reconstruction_loss_accessibility": -torch.where(has(batch.peaks, batch.has_peaks_n), accessibility, 0.0),
+        proteins = self.decode_proteins(z, batch) if self.config.n_proteins else None
+        return self._reconstruction(z, library, batch, proteins)
+
+    def _reconstruction(
+        self, z: Tensor, library: Tensor, batch: Batch, proteins: ProteinRates | None
+    ) -> dict[str, Tensor]:
+        log_p = {
+            "expression": self.decode(z, library, batch).log_likelihood(batch.x),
+            "accessibility": self.decode_regions(z, self.depth(batch), batch).log_likelihood(batch.peaks),
         }
+        if proteins is not None:
+            log_p["protein"] = self.proteins.over_measured(proteins.log_likelihood(batch.proteins_np), batch)
+        has_mn = self.present(batch).t()
+        return {
+            f"reconstruction_loss_{name}": -torch.where(has_n, value, 0.0)
+            for has_n, (name, value) in zip(has_mn, log_p.items())
+        }
+
+    def kl_given_z(self, z: Tensor, batch: Batch) -> Tensor | float:
+        """KL of the background of the proteins, (..., n); zero without proteins."""
+        return self._kl_background(self.decode_proteins(z, batch), batch) if self.config.n_proteins else 0.0
+
+    def _kl_background(self, proteins: ProteinRates, batch: Batch) -> Tensor:
+        kl_n = self.proteins.over_measured(proteins.kl_background(*self.proteins.prior(batch)), batch)
+        return torch.where(self.present(batch)[:, 2], kl_n, 0.0)
+
+    def log_joint(self, z: Tensor, library: Tensor, batch: Batch) -> Tensor:
+        """log p(data, b | z, library) - log q(b | z) at a draw of b, the background of the proteins: (..., n)."""
+        proteins = self.decode_proteins(z, batch) if self.config.n_proteins else None
+        log_p_n = -sum(self._reconstruction(z, library, batch, proteins).values())
+        if proteins is None:
+            return log_p_n
+        ratio_n = self.proteins.over_measured(proteins.log_ratio_background(*self.proteins.prior(batch)), batch)
+        return log_p_n + torch.where(self.present(batch)[:, 2], ratio_n, 0.0)
 
     # Loss -------------------------------------------------------------------------------------------------------------
 
@@ -154,26 +219,63 @@ class MULTIVIModule(VAE):
         return {"modality_penalty": ()}
 
     def loss(self, batch: Batch, kl_weight: float | Tensor = 1.0) -> Loss:
-        """Mean over cells of reconstruction + kl_weight · KL(z), the negative evidence lower bound, + penalty."""
+        """Mean over cells of reconstruction + kl_weight · KL, the negative evidence lower bound, + penalty."""
         parts = self.encode_each(batch)
         q = self._mix(parts, batch)
         z_nk = q.sample_z()
-        reconstruction_n = sum(self.reconstruction(z_nk, self.library(batch, q), batch).values())
+        proteins = self.decode_proteins(z_nk, batch) if self.config.n_proteins else None
+        reconstruction_n = sum(self._reconstruction(z_nk, self.library(batch, q), batch, proteins).values())
         kl_n = self.kl_z(q, batch)
+        if proteins is not None:
+            kl_n = kl_n + self._kl_background(proteins, batch)
         penalty_n = self.penalty(parts, batch)
         total = (reconstruction_n + kl_weight * kl_n + penalty_n).mean()
         extra = {"modality_penalty": penalty_n.sum()}
         return Loss(total, reconstruction_n.sum(), kl_n.sum(), batch.n_cells, extra, z_nk)
 
-    def penalty(self, parts: tuple[Posterior, Posterior], batch: Batch) -> Tensor:
-        """How far the modalities disagree in cells that have both, (n,)."""
-        one, other = parts
-        both_n = has(batch.x, batch.has_x_n) & has(batch.peaks, batch.has_peaks_n)
-        if self.config.modality_penalty == "Jeffreys":
-            return torch.where(both_n, jeffreys(one, other), 0.0)
-        if self.config.modality_penalty == "MMD":
-            return torch.where(both_n, mmd(one.sample_z(), other.sample_z(), both_n.to(one.z_loc_nk.dtype)), 0.0)
-        return torch.zeros_like(one.z_loc_nk[:, 0])
+    def penalty(self, parts: Sequence[Posterior], batch: Batch) -> Tensor:
+        """How far the modalities disagree in cells that have several, summed over pairs of modalities: (n,)."""
+        penalty_n = torch.zeros_like(parts[0].z_loc_nk[:, 0])
+        has_mn = self.present(batch).t()
+        for i, j in combinations(range(len(parts)), 2):
+            both_n = has_mn[i] & has_mn[j]
+            if self.config.modality_penalty == "Jeffreys":
+                penalty_n = penalty_n + torch.where(both_n, jeffreys(parts[i], parts[j]), 0.0)
+            elif self.config.modality_penalty == "MMD":
+                distance = mmd(parts[i].sample_z(), parts[j].sample_z(), both_n.to(penalty_n.dtype))
+                penalty_n = penalty_n + torch.where(both_n, distance, 0.0)
+        return penalty_n
+
+
+class Proteins(nn.Module):
+    """The decoder of proteins, their dispersion, and the prior of their background, as in totalVI."""
+
+    def __init__(self, module: MULTIVIModule, measured_bp: Tensor | None):
+        super().__init__()
+        c = module.config
+        back, fore, mixing = (module.make_hidden(c.n_latent, "decoder", c.n_layers_decoder) for _ in range(3))
+        n_in = c.n_latent + module.n_dense
+        self.decoder = ProteinDecoder(back, fore, mixing, c.n_hidden, n_in, c.n_proteins, module.n_cats)
+        rows = {"protein": (), "protein-batch": (c.n_batches,), "protein-label": (c.n_labels,)}[c.protein_dispersion]
+        self.dispersion = c.protein_dispersion
+        self.log_theta = nn.Parameter(2 * torch.rand(*rows, c.n_proteins))
+        loc, scale = LEARNT
+        self.background_loc = nn.Parameter(torch.full((c.n_batches, c.n_proteins), loc))
+        self.background_log_scale = nn.Parameter(torch.full((c.n_batches, c.n_proteins), scale).log())
+        everything = torch.ones(c.n_batches, c.n_proteins, dtype=torch.bool)
+        self.register_buffer("measured_bp", everything if measured_bp is None else measured_bp, persistent=False)
+
+    def forward(self, z: Tensor, covariates: tuple[Sequence[Tensor], Tensor | None], batch: Batch) -> ProteinRates:
+        log_theta = by_code(self.log_theta, self.dispersion, batch)
+        return self.decoder(z, *covariates, log_theta, torch.zeros_like(self.background_loc[0]))[0]
+
+    def prior(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Location and scale of the log background in each cell's batch, (n, p) each."""
+        return self.background_loc[batch.batch_n], self.background_log_scale[batch.batch_n].exp()
+
+    def over_measured(self, value_np: Tensor, batch: Batch) -> Tensor:
+        """Sum over the proteins that were measured in each cell's batch: (..., n, p) to (..., n)."""
+        return torch.where(self.measured_bp[batch.batch_n], value_np, 0.0).sum(-1)
 
 
 def has(counts: Counts, given_n: Tensor | None) -> Tensor:
