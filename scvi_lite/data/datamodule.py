@@ -137,6 +137,7 @@ class CellDataModule(pl.LightningDataModule):
             deal_to=trainer.world_size if self.shuffle_over == "all" else 1,
             drop_last=self.drop_last,
         )
+        sampler: TrainingSampler
         if self.n_extra:
             sampler = SupervisedSampler(self.supervision, self.label_n, self.n_extra, trainer.world_size, **options)
         else:

@@ -74,7 +74,7 @@ class SCANVIModule(CountVAE):
             c.n_latent, c.n_known, **{**shape, "dropout_rate": c.dropout_rate, **in_encoder, **given}
         )
 
-        def conditional(dropout_rate: float, floor: float, norms: dict[str, bool]) -> Encoder:
+        def conditional(dropout_rate: float, floor: float, norms: dict[str, Any]) -> Encoder:
             """A normal in latent space, given another point of it and a label."""
             hidden = Hidden(c.n_latent, c.n_hidden, c.n_layers, [c.n_known], dropout_rate=dropout_rate, **norms)
             return Encoder(hidden, c.n_hidden, c.n_latent, floor=floor)
@@ -113,7 +113,8 @@ class SCANVIModule(CountVAE):
     def kl_z(self, q: Posterior, batch: Batch) -> Tensor:
         """All terms of the bound but reconstruction and library, at one draw of z."""
         z_nk = q.sample_z()
-        return sum(self.label_terms(z_nk, q, self.classifier(z_nk).log_softmax(-1)))
+        misfit_n, kl_label_n = self.label_terms(z_nk, q, self.classifier(z_nk).log_softmax(-1))
+        return misfit_n + kl_label_n
 
     def log_prior_z(self, z: Tensor, batch: Batch | None) -> Tensor:
         """log Σ_y π(y) ∫ p(z | u, y) p(u) du, with one draw of each u_y to estimate the integral."""
