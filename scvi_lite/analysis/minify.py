@@ -10,11 +10,13 @@ from scipy import sparse
 
 from scvi_lite.analysis.inputs import to_numpy
 from scvi_lite.data.fields import Continuous, Embedding, Field
+from scvi_lite.data.genes import replace_modalities
 from scvi_lite.data.registry import note
 from scvi_lite.errors import StateError, UnknownKeyError, unknown
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from mudata import MuData
 
     from scvi_lite.data.registry import Registry
     from scvi_lite.model.base import Model
@@ -75,7 +77,7 @@ def minify_adata(
         raise StateError("The data of this model were minified without counts: there are none left to keep.")
     model._warn_if_untrained()
     loc_nk, variance_nk = _posterior(model, use_latent_qzm_key, use_latent_qzv_key)
-    adata = model.adata.copy() if keep else _without_counts(model.adata)
+    adata = model.adata.copy() if keep else _without_counts(model)
     adata.obsm[use_latent_qzm_key], adata.obsm[use_latent_qzv_key] = loc_nk, variance_nk
     fields = dict(model.registry.fields)
     stored: list[Field] = [
@@ -86,6 +88,8 @@ def minify_adata(
         adata.obs[LIBRARY_KEY] = to_numpy([batch.total_n for batch in model._minibatches()])
         stored.append(Continuous("total_n", "the library size", LIBRARY_KEY))
         fields["x"] = fields["x"] | {"layer": None, "minified": True}
+        if "modality" in fields.get("proteins_np", {}):  # those of obsm stay
+            fields["proteins_np"] = fields["proteins_np"] | {"layer": None}
     fields |= {field.name: {"kind": field.kind, **field.register(adata)} for field in stored}
     registry = replace(model.registry, fields=fields)
     note(registry, adata)
@@ -114,8 +118,11 @@ def setup_for_counts(registry: Registry) -> Registry:
     if "qz_loc_nk" not in registry.fields:
         return registry
     fields = {name: state for name, state in registry.fields.items() if name not in STORED}
+    if "modality" in fields.get("proteins_np", {}):
+        fields["proteins_np"] = fields["proteins_np"] | {"layer": registry.setup_args["protein_layer"]}
     counts = {name: value for name, value in fields["x"].items() if name != "minified"}
-    fields["x"] = counts | {"layer": registry.setup_args["layer"]}
+    args = registry.setup_args
+    fields["x"] = counts | {"layer": args["rna_layer"] if registry.modalities else args["layer"]}
     return replace(registry, fields=fields)
 
 
@@ -137,8 +144,15 @@ def _posterior(model: Model, loc_key: str, variance_key: str) -> tuple[np.ndarra
     return np.asarray(obsm[loc_key], np.float32), np.asarray(obsm[variance_key], np.float32)
 
 
-def _without_counts(adata: AnnData) -> AnnData:
-    """A copy without counts, layers and ``raw``."""
+def _without_counts(model: Model) -> AnnData | MuData:
+    """A copy of the data without counts, layers and ``raw``; of a MuData, in the modalities that the model reads."""
+    modalities = model.registry.modalities.values()
+    if modalities:
+        return replace_modalities(model.adata, {name: _emptied(model.adata.mod[name]) for name in modalities})
+    return _emptied(model.adata)
+
+
+def _emptied(adata: AnnData) -> AnnData:
     from anndata import AnnData
 
     kept = {name: dict(getattr(adata, name)) for name in ("uns", "obsm", "varm", "obsp", "varp")}

@@ -81,7 +81,10 @@ def save(
 
     def write_data(folder: Path) -> None:
         if is_mudata(model.adata):
-            model.adata.write_h5mu(folder / f"{prefix or ''}mdata.h5mu", **options)
+            import mudata
+
+            with mudata.set_options(pull_on_update=False):
+                model.adata.write_h5mu(folder / f"{prefix or ''}mdata.h5mu", **options)
         else:
             model.adata.write_h5ad(folder / f"{prefix or ''}adata.h5ad", **options)
 

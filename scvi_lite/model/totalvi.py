@@ -146,9 +146,6 @@ class TOTALVI(Model):
     differential_abundance = abundance.differential_abundance
     minify_adata = minify_mudata = minify.minify_adata
     minified_data_type = property(minify.minified)
-    load_query_data = classmethod(query.load_query_data)
-    prepare_query_anndata = staticmethod(query.prepare_query_anndata)
-    prepare_query_mudata = staticmethod(query.prepare_query_mudata)
 
     def __init__(
         self,
