@@ -67,6 +67,8 @@ def test_trains_saves_and_loads(prior, setup, tmp_path):
     np.testing.assert_array_equal(first, second)
     assert first.shape == (80, 3)
     assert np.isfinite(float(model.get_elbo())) and float(model.get_marginal_ll(n_mc_samples=20)) < 0
+    draws = model.get_normalized_expression(n_samples_overall=20, weights="importance")
+    assert draws.shape == (20, 12) and np.isfinite(draws).all()
     mixture = loaded.get_vamp_prior(p=4)
     assert mixture["mean_vprior"].shape == mixture["var_vprior"].shape == (3, 4 if prior == "normal" else 10, 3)
     np.testing.assert_allclose(mixture["weights_vprior"].sum(1), 1, rtol=1e-5)

@@ -204,7 +204,7 @@ def test_resumed_equals_uninterrupted(sc_model, tmp_path):
     [
         (lambda m: DestVI.from_rna_model(spots(), reference(train=False)), RuntimeError, "not trained"),
         (lambda m: DestVI.from_rna_model(spots(), "model"), TypeError, "a trained CondSCVI is needed"),
-        (lambda m: DestVI.from_rna_model(spots()[:, 2:].copy(), m), ValueError, "gene_0"),
+        (lambda m: DestVI.from_rna_model(spots()[:, 2:].copy(), m), ValueError, "lacks 2 of the 12 genes.*gene_0"),
         (lambda m: DestVI.from_rna_model(spots(), m, amortisation="both"), TypeError, "Did you mean 'amortization'"),
         (lambda m: DestVI.from_rna_model(spots(), m, amortization="latents"), ValueError, "Did you mean 'latent'"),
         (lambda m: DestVI.from_rna_model(spots(), m, n_states_per_label=0), ValueError, "n_states_per_label=0"),
@@ -219,6 +219,19 @@ def test_resumed_equals_uninterrupted(sc_model, tmp_path):
 def test_refuses(make, error, message, sc_model):
     with pytest.raises(error, match=message):
         make(sc_model)
+
+
+def test_other_spots(sc_model):
+    """A network reads new spots; parameters of each spot are of no use to others."""
+    read, kept = (DestVI.from_rna_model(spots(), sc_model, amortization=a) for a in ("both", "latent"))
+    for model in (read, kept):
+        model.train(max_epochs=1, **SILENT)
+    read.adata = spots()[:7].copy()
+    assert len(read.get_proportions()) == 7
+    with pytest.raises(ValueError, match="keeps parameters of each of its 24 spots"):
+        kept.adata = spots()[:7].copy()
+    with pytest.raises(ValueError, match="keeps parameters"):
+        kept.adata = spots()[::-1].copy()
 
 
 def test_another_kind_of_reference():

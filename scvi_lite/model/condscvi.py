@@ -151,7 +151,7 @@ class CondSCVI(Model):
         """Names of the fine labels."""
         return self.registry.categories("fine_n")[:-1] if "fine_n" in self.registry.fields else []
 
-    def train(
+    def train(  # type: ignore[override]  # the order of arguments is that of scvi-tools
         self,
         max_epochs: int = 300,
         lr: float = 0.001,
@@ -440,10 +440,11 @@ def cluster(loc_nk: np.ndarray, var_nk: np.ndarray, p: int) -> tuple[np.ndarray,
     from threadpoolctl import threadpool_limits
 
     n, k = loc_nk.shape
-    mean_pk, var_pk, weight_p = np.zeros((p, k)), np.ones((p, k)), np.zeros(p)
-    n_clusters = min(p, len(np.unique(loc_nk, axis=0)))
+    mean_pk, var_pk, weight_p = (np.zeros(s, np.float32) for s in ((p, k), (p, k), p))
+    var_pk[:] = 1
     if n == 0:
-        return tuple(part.astype(np.float32) for part in (mean_pk, var_pk, np.full(p, 1 / p)))
+        return mean_pk, var_pk, weight_p + 1 / p
+    n_clusters = min(p, len(np.unique(loc_nk, axis=0)))
     with threadpool_limits(1):  # many small problems
         seed = int(torch.randint(1 << 31, ()))
         member_n = KMeans(n_clusters, n_init=10, random_state=seed).fit_predict(loc_nk.astype(np.float64))
@@ -451,4 +452,4 @@ def cluster(loc_nk: np.ndarray, var_nk: np.ndarray, p: int) -> tuple[np.ndarray,
         own = member_n == i
         mean_pk[i], weight_p[i] = loc_nk[own].mean(0), own.mean()
         var_pk[i] = var_nk[own].mean(0) + loc_nk[own].var(0)
-    return tuple(part.astype(np.float32) for part in (mean_pk, var_pk, weight_p))
+    return mean_pk, var_pk, weight_p

@@ -235,11 +235,17 @@ class DestVI(Model):
         setup = anndata_setup_kwargs
         if setup is None and cls.__name__ in setups_of(st_adata):
             setup = find(st_adata, cls.__name__).setup_args
-        st_adata = match_genes(st_adata, sc_model.get_var_names())
+        genes = sc_model.get_var_names()
+        if missing := sorted(set(genes) - set(st_adata.var_names)):
+            raise ValueError(
+                f"st_adata lacks {len(missing)} of the {len(genes)} genes of sc_model: {listing(missing)}. Train "
+                "sc_model on the genes that both have: cells[:, cells.var_names.isin(st_adata.var_names)].copy()"
+            )
+        st_adata = match_genes(st_adata, genes)
         cls.setup_anndata(st_adata, **(setup or {}))
         return cls(st_adata, Reference.of(sc_model, vamp_prior_p), **network_options)
 
-    def train(
+    def train(  # type: ignore[override]  # the order of arguments is that of scvi-tools
         self,
         max_epochs: int = 2000,
         lr: float = 0.003,
@@ -292,6 +298,17 @@ class DestVI(Model):
             plan_kwargs={"lr": lr, "n_epochs_kl_warmup": n_epochs_kl_warmup, **(plan_kwargs or {})},
             **trainer_kwargs,
         )
+
+    def _check(self, adata: AnnData | None) -> AnnData:
+        """Spots that fit the model; where it keeps parameters of each spot, only its own spots do."""
+        checked = super()._check(adata)
+        own = self.module.config.amortization == "both" or checked is self._adata
+        if not own and not checked.obs_names.equals(self._adata.obs_names):
+            raise ValueError(
+                f"This DestVI keeps parameters of each of its {self._adata.n_obs} spots (amortization="
+                f"{self.module.config.amortization!r}) and knows no others. For other spots, make a new model."
+            )
+        return checked
 
     # Answers ----------------------------------------------------------------------------------------------------------
 

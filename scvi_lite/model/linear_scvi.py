@@ -85,6 +85,8 @@ class LinearDecoder(nn.Module):
 class LinearSCVIModule(SCVIModule):
     """Generative model: z ~ N(0, I), x ~ likelihood(l · softmax(W z + W' batch))."""
 
+    config: LinearConfig
+
     def make_decoder(self) -> LinearDecoder:
         """The linear decoder."""
         return LinearDecoder(self.config, self.n_cats)

@@ -5,7 +5,8 @@ Lopez et al. 2022, doi:10.1038/s41587-022-01272-8; the mixture of posteriors is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +59,27 @@ class LabelMixture:
         return (part_npk.sum(-1) + self.log_weight_lp[label_n]).logsumexp(-1)
 
 
+def normed(
+    n_in: int,
+    n_hidden: int,
+    n_layers: int,
+    n_cats: Sequence[int] = (),
+    dropout_rate: float = 0.0,
+    activation: Activation = F.relu,
+) -> Hidden:
+    """Hidden layers as all networks given a cell type have them: with layer norm, without batch norm."""
+    return Hidden(
+        n_in,
+        n_hidden,
+        n_layers,
+        n_cats,
+        batch_norm=False,
+        layer_norm=True,
+        dropout_rate=dropout_rate,
+        activation=activation,
+    )
+
+
 class ConditionalDecoder(nn.Module):
     """Logits of expression from latent space, label and batch; the label also shifts each gene."""
 
@@ -73,8 +95,7 @@ class ConditionalDecoder(nn.Module):
     ):
         super().__init__()
         self.n_cats = [n_labels] if n_labels > 1 else []
-        norms = {"batch_norm": False, "layer_norm": True}
-        self.hidden = Hidden(n_latent + n_dense, n_hidden, n_layers, self.n_cats, dropout_rate=dropout_rate, **norms)
+        self.hidden = normed(n_latent + n_dense, n_hidden, n_layers, self.n_cats, dropout_rate)
         self.scale = nn.Linear(n_hidden, n_genes)
         self.label_bias_lg = nn.Parameter(torch.zeros(n_labels, n_genes))
 
@@ -138,8 +159,7 @@ class CondSCVIModule(CountVAE):
         c = self.config
         n_dense = self.n_dense if c.encode_covariates else 0
         labels = [c.n_labels] if c.n_labels > 1 else []
-        options = dict(batch_norm=False, layer_norm=True, dropout_rate=dropout_rate, activation=activation)
-        return Hidden(n_in + n_dense, c.n_hidden, n_layers, labels, **options)
+        return normed(n_in + n_dense, c.n_hidden, n_layers, labels, dropout_rate, activation)
 
     def make_decoder(self) -> ConditionalDecoder:
         """The decoder of counts given a label."""
@@ -166,11 +186,12 @@ class CondSCVIModule(CountVAE):
         c = self.config
         if c.prior == "normal":
             return None
+        places: tuple[Tensor, Tensor]
         if c.prior == "mog":
-            loc_lpk, scale_lpk = self.prior_loc_lpk, self.prior_log_scale_lpk.exp()
+            places = self.prior_loc_lpk, self.prior_log_scale_lpk.exp()
         else:
-            loc_lpk, scale_lpk = self.encode_pseudo_inputs()
-        return LabelMixture(loc_lpk, scale_lpk, self.prior_logit_lp.log_softmax(-1))
+            places = self.encode_pseudo_inputs()
+        return LabelMixture(*places, self.prior_logit_lp.log_softmax(-1))
 
     def encode_pseudo_inputs(self) -> tuple[Tensor, Tensor]:
         """Posteriors of the pseudo-inputs, (l, p, k) each, as if they came from all batches alike."""
@@ -190,10 +211,15 @@ class CondSCVIModule(CountVAE):
         z_nk = q.sample_z() if z_nk is None else z_nk
         return log_normal(z_nk, q.z_loc_nk, q.z_scale_nk).sum(-1) - self.log_prior_z(z_nk, batch)
 
-    def log_prior_z(self, z: Tensor, batch: Batch) -> Tensor:
-        """Log-density of the prior of each cell's label at ``z`` (..., n, k): (..., n)."""
+    def log_prior_z(self, z: Tensor, batch: Batch | None) -> Tensor:
+        """Log-density of the prior at ``z`` (..., n, k): (..., n); of each cell's label, or without a batch, of all."""
         prior = self.prior()
-        return super().log_prior_z(z, batch) if prior is None else prior.log_prob(z, batch.label_n)
+        if prior is None:
+            return super().log_prior_z(z, batch)
+        if batch is not None:
+            return prior.log_prob(z, batch.label_n)
+        label_l = torch.arange(self.config.n_labels, device=z.device)
+        return prior.log_prob(z.unsqueeze(-2), label_l).logsumexp(-1) - math.log(self.config.n_labels)
 
     # Training ---------------------------------------------------------------------------------------------------------
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from scvi_lite.data.batch import Batch
 from scvi_lite.errors import unknown
-from scvi_lite.nn.conditional import ConditionalDecoder, LabelMixture
-from scvi_lite.nn.layers import Encoder, Hidden
+from scvi_lite.nn.conditional import ConditionalDecoder, LabelMixture, normed
+from scvi_lite.nn.layers import Encoder
 from scvi_lite.nn.module import Loss, Module
 from scvi_lite.nn.normal import draw_normal, kl_normal, log_normal
 from scvi_lite.nn.rates import Rates
@@ -92,9 +92,7 @@ class PerSpot(nn.Module):
         super().__init__()
         c, self.amortized = config, amortized
         if amortized:
-            norms = {"batch_norm": False, "layer_norm": True}
-            n_in = c.n_latent_amortization or c.n_genes
-            self.hidden = Hidden(n_in, c.n_hidden, 2, dropout_rate=dropout_rate, **norms)
+            self.hidden = normed(c.n_latent_amortization or c.n_genes, c.n_hidden, 2, dropout_rate=dropout_rate)
             self.head = nn.Linear(c.n_hidden, n_out)
         else:
             self.table = nn.Parameter(torch.randn(c.n_spots, n_out))
@@ -140,8 +138,7 @@ class SpotModule(Module):
         self.register_buffer("prior_var_lpk", torch.ones(*components, c.n_latent))
         self.register_buffer("prior_weight_lp", torch.full(components, 1 / c.n_components))
         if c.n_latent_amortization and (c.amortizes_proportions or c.amortizes_states):
-            hidden = Hidden(c.n_genes, c.n_hidden, 2, batch_norm=False, layer_norm=True, dropout_rate=0.0)
-            self.encoder = Encoder(hidden, c.n_hidden, c.n_latent_amortization)
+            self.encoder = Encoder(normed(c.n_genes, c.n_hidden, 2), c.n_hidden, c.n_latent_amortization)
         self.proportions = PerSpot(c, c.n_labels + c.add_celltypes, c.amortizes_proportions, 0.0)
         n_shares = c.n_states * c.n_labels if c.n_states > 1 else 0
         n_places = c.n_states * c.n_latent * c.n_labels
