@@ -20,7 +20,8 @@ from scvi_lite.data.store import CellStore
 from scvi_lite.errors import unknown
 
 SHUFFLES = ("shard", "all")
-VALIDATION_BATCH = 1024  # no gradients are kept, so minibatches can be larger than in training
+# No gradients are kept, so minibatches can be larger than in training: up to so many cells, or numbers in all.
+VALIDATION_BATCH, VALIDATION_NUMBERS = 1024, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,9 @@ class CellDataModule(pl.LightningDataModule):
     def val_dataloader(self) -> DataLoader[Tensor] | list[Any]:
         if len(self.split.validation) == 0:
             return []
-        return _loader(SequentialSampler(len(self.shards["validation"]), max(self.batch_size, VALIDATION_BATCH)))
+        validation = self.shards["validation"]
+        n_cells = min(VALIDATION_BATCH, VALIDATION_NUMBERS // validation.n_features)
+        return _loader(SequentialSampler(len(validation), max(self.batch_size, n_cells)))
 
     def transfer_batch_to_device(self, batch: Tensor, device: torch.device, dataloader_idx: int) -> Batch:
         """Rows in, cells on the device out."""

@@ -64,6 +64,11 @@ class LazyStore:
         cells.setdefault("total_n", found["x"][1])
         return Batch(**{name: counts for name, (counts, _) in found.items()}, **cells)
 
+    @property
+    def n_features(self) -> int:
+        """Of all kinds of counts together."""
+        return sum(rows.shape[1] for rows in self.counts.values())
+
     @classmethod
     def of(cls, counts: dict[str, Rows], cells: dict[str, Tensor], row_n: Tensor) -> LazyStore:
         """From what a store is made of."""

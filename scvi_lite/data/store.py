@@ -135,6 +135,11 @@ class CellStore:
         return self.x.col.device
 
     @property
+    def n_features(self) -> int:
+        """Of all kinds of counts together."""
+        return sum(counts.n_features for counts in self.counts.values())
+
+    @property
     def n_bytes(self) -> int:
         """Memory that the store takes."""
         tensors = [t for x in self.counts.values() for t in (x.start, x.col, x.value)] + list(self.cells.values())
