@@ -266,11 +266,15 @@ def test_bad_input():
     mdata, rna, atac, _ = mosaic()
     with pytest.raises(ValueError, match="which modality atac_layer is for"):
         MULTIVI.setup_mudata(mdata, modalities={"rna_layer": "rna"})
+    with pytest.raises(ValueError, match="both for 'rna'"):
+        MULTIVI.setup_mudata(mdata, modalities=WHERE | {"atac_layer": "rna"})
     with pytest.raises(KeyError, match="Did you mean 'atac'"):
         MULTIVI.setup_mudata(mdata, modalities=WHERE | {"atac_layer": "ATAC"})
     MULTIVI.setup_mudata(mdata, modalities=WHERE)
     with pytest.raises(ValueError, match="Did you mean 'Jeffreys'"):
         MULTIVI(mdata, modality_penalty="jeffreys")
+    with pytest.raises(ValueError, match="n_genes=7: the data have 20"):
+        MULTIVI(mdata, n_genes=7)
     with pytest.raises(ValueError, match="modality_weights='same'"):
         MULTIVI(mdata, modality_weights="same")
     both = anndata.concat([rna, atac], axis=1)

@@ -13,12 +13,12 @@ import torch
 
 from scvi_lite.analysis import abundance, accessibility, differential, latent, likelihood, multiome
 from scvi_lite.data.batch import Batch
-from scvi_lite.data.fields import Matrix, check_keys, columns_of_obs
+from scvi_lite.data.fields import Categorical, Matrix, check_keys, columns_of_obs
 from scvi_lite.data.modalities import read_modalities
 from scvi_lite.data.multiome import GENES, genes_of
 from scvi_lite.data.proteins import Proteins
 from scvi_lite.data.registry import Registry
-from scvi_lite.errors import as_options
+from scvi_lite.errors import as_options, listing
 from scvi_lite.model import query
 from scvi_lite.model.base import Model
 from scvi_lite.nn.accessibility import default_sizes
@@ -171,6 +171,11 @@ class MULTIVI(Model):
         if "peaks" not in registry.fields:
             registry = with_regions(registry, count_genes(adata, arguments["n_genes"], arguments["n_regions"]))
         super()._build(adata, registry, arguments)
+        for name, features in (("n_genes", self._gene_names), ("n_regions", self._region_names)):
+            if arguments[name] not in (None, len(features)):
+                raise ValueError(
+                    f"{name}={arguments[name]!r}: the data have {len(features)}. Leave it out of the call."
+                )
 
     def _make_module(self, arguments: dict[str, Any]) -> MULTIVIModule:
         options = {name: value for name, value in arguments.items() if name not in NOT_OF_THE_NETWORK}
@@ -207,11 +212,12 @@ class MULTIVI(Model):
         return self._names_of("peaks")
 
     def _names_of(self, field: str) -> list[str]:
-        if field in self.registry.modalities:
-            return self._var_names[self.registry.modalities[field]]
-        return self._var_names[slice(*self.registry.fields[field]["columns"])]
+        names = self._var_names
+        if isinstance(names, dict):
+            return names[self.registry.modalities[field]]
+        return names[slice(*self.registry.fields[field]["columns"])]
 
-    def train(
+    def train(  # type: ignore[override]  # the order of arguments is that of scvi-tools
         self,
         max_epochs: int = 500,
         lr: float = 1e-4,
@@ -361,7 +367,7 @@ class MULTIVI(Model):
         )
         fields = [Matrix("x", layer), *columns_of_obs(given)]
         if protein_expression_obsm_key is not None:
-            batch = next(field for field in fields if field.name == "batch_n")
+            batch = Categorical("batch_n", "batch_key", batch_key)
             fields.append(Proteins("proteins_np", protein_expression_obsm_key, protein_names_uns_key, panels=batch))
         cls._register(adata, fields, given)
 
@@ -417,10 +423,15 @@ class MULTIVI(Model):
             labels_key=labels_key,
         )
         where = read_modalities(mdata, modalities, given, needed=("rna_layer", "atac_layer"))
+        if where["rna_layer"] == where["atac_layer"]:
+            raise ValueError(
+                f"modalities: rna_layer and atac_layer are both for {where['rna_layer']!r}, and two modalities are "
+                f"needed, of {listing(mdata.mod)}."
+            )
         peaks = Matrix("peaks", atac_layer, modality=where["atac_layer"])
         fields = [Matrix("x", rna_layer, modality=where["rna_layer"]), peaks, *columns_of_obs(given, where)]
         if (modality := where["protein_layer"]) is not None:
-            batch = next(field for field in fields if field.name == "batch_n")
+            batch = Categorical("batch_n", "batch_key", batch_key, where["batch_key"])
             fields.append(Proteins("proteins_np", layer=protein_layer, modality=modality, panels=batch))
         cls._register(mdata, fields, given | {"modalities": where})
         accessibility.note_counts(peaks.read(mdata, peaks.state(layer=atac_layer)))

@@ -71,6 +71,8 @@ class PeakConfig(VAEConfig):
 class PEAKVIModule(VAE):
     """Generative model: z ~ N(0, I), region r found open in cell n ~ Bernoulli(y_r(z, covariates) · d_n · f_r)."""
 
+    config: PeakConfig
+
     def __init__(self, config: PeakConfig):
         super().__init__(config)
         c = config
@@ -233,7 +235,7 @@ class PEAKVI(Model):
     def _region_names(self) -> list[str]:
         return self._gene_names
 
-    def train(
+    def train(  # type: ignore[override]  # the order of arguments is that of scvi-tools
         self,
         max_epochs: int = 500,
         lr: float = 1e-4,

@@ -68,6 +68,8 @@ class MULTIVIModule(VAE):
         (batches, p): the proteins that were measured in each batch.
     """
 
+    config: MultiConfig
+
     def __init__(self, config: MultiConfig, measured_bp: Tensor | None = None):
         super().__init__(config)
         c = config
@@ -205,7 +207,7 @@ class MULTIVIModule(VAE):
     def log_joint(self, z: Tensor, library: Tensor, batch: Batch) -> Tensor:
         """log p(data, b | z, library) - log q(b | z) at a draw of b, the background of the proteins: (..., n)."""
         proteins = self.decode_proteins(z, batch) if self.config.n_proteins else None
-        log_p_n = -sum(self._reconstruction(z, library, batch, proteins).values())
+        log_p_n = -torch.stack([*self._reconstruction(z, library, batch, proteins).values()]).sum(0)
         if proteins is None:
             return log_p_n
         ratio_n = self.proteins.over_measured(proteins.log_ratio_background(*self.proteins.prior(batch)), batch)
@@ -224,7 +226,8 @@ class MULTIVIModule(VAE):
         q = self._mix(parts, batch)
         z_nk = q.sample_z()
         proteins = self.decode_proteins(z_nk, batch) if self.config.n_proteins else None
-        reconstruction_n = sum(self._reconstruction(z_nk, self.library(batch, q), batch, proteins).values())
+        errors = self._reconstruction(z_nk, self.library(batch, q), batch, proteins)
+        reconstruction_n = torch.stack([*errors.values()]).sum(0)
         kl_n = self.kl_z(q, batch)
         if proteins is not None:
             kl_n = kl_n + self._kl_background(proteins, batch)
