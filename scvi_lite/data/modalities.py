@@ -60,12 +60,10 @@ def check_mudata(mdata: Any, modalities: Iterable[str]) -> None:
     ValueError
         If there are no cells or features, names repeat, or cells are not shared.
     """
+    modalities = list(modalities)
     if not is_mudata(mdata):
-        kind = type(mdata).__name__
-        raise TypeError(
-            f"mdata is a {kind}; a MuData with the modalities {listing(modalities)} is needed. "
-            f"{CURES.get(kind, '')}".rstrip()
-        )
+        kind, having = type(mdata).__name__, f" with the modalities {listing(modalities)}" if modalities else ""
+        raise TypeError(f"mdata is a {kind}; a MuData{having} is needed. {CURES.get(kind, '')}".rstrip())
     if mdata.axis != 0:
         raise ValueError(f"mdata shares its variables (axis={mdata.axis}); a MuData that shares cells is needed.")
     if mdata.n_obs == 0:

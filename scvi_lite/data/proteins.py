@@ -58,7 +58,7 @@ class Proteins(Field):
     ):
         super().__init__(name, modality)
         self.panels = panels
-        self.argument = "protein_layer" if key is None else "protein_expression_obsm_key"
+        self.argument = "protein_expression_obsm_key" if modality is None else "protein_layer"
         self.key, self.names_key, self.layer = key, names_key, layer
 
     def register(self, adata: Data) -> dict[str, Any]:
@@ -101,7 +101,10 @@ class Proteins(Field):
             raise UnknownKeyError(unknown(state["argument"], state["key"], adata.obsm, "a key of adata.obsm", "Keys"))
         matrix = adata.obsm[state["key"]]
         if matrix.ndim != 2 or matrix.shape[1] == 0:
-            raise ValueError(f"{state['argument']}={state['key']!r} has shape {matrix.shape}; (n, p) is needed.")
+            raise ValueError(
+                f"{state['argument']}={state['key']!r} has shape {matrix.shape}; a matrix (n, p) of counts is needed, of "
+                "zeros where no protein was measured."
+            )
         return matrix
 
     @classmethod

@@ -246,7 +246,6 @@ class TOTALVI(Model):
         plan |= as_options("plan_kwargs", plan_kwargs)
         if plan["n_steps_kl_warmup"] is None and plan["n_epochs_kl_warmup"] is None:
             plan["n_steps_kl_warmup"] = max(1, int(0.75 * self.adata.n_obs))
-        # Without validation cells there is no metric to watch, which is nobody's wish but the defaults'.
         if check_val_every_n_epoch is not None:
             trainer_kwargs["check_val_every_n_epoch"] = check_val_every_n_epoch
         if external_indexing is not None:
