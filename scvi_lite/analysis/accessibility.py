@@ -40,10 +40,8 @@ def difference(x1: np.ndarray, x2: np.ndarray) -> np.ndarray:
     return x2 - x1
 
 
-EFFECTS: dict[str, Callable[..., np.ndarray] | None] = {
-    "difference": difference,
-    "log-fold": None,
-}  # None is the log2 fold change of differential expression
+#: None is the log2 fold change of differential expression.
+EFFECTS: dict[str, Callable[..., np.ndarray] | None] = {"difference": difference, "log-fold": None}
 RENAMED = {"scale1": "est_prob1", "scale2": "est_prob2"}
 MEASURED = {"non_zeros_proportion1": "emp_prob1", "non_zeros_proportion2": "emp_prob2"}
 
@@ -320,7 +318,7 @@ def differential_accessibility(
         raise ValueError(unknown("change_fn", change_fn, EFFECTS, "a function or an option"))
     whole_number(n_samples_overall=n_samples_overall)
     (target,) = levels("fdr_target", fdr_target)[:1] or (0.05,)
-    effect = change_fn if callable(change_fn) else EFFECTS[change_fn]
+    effect = EFFECTS[change_fn] if isinstance(change_fn, str) else change_fn
     test = make_test(mode, delta=delta, effect=effect, test_mode=test_mode, fdr_targets=(target,))
     codes = batch_pairing(model, batch_correction, batchid1, batchid2)
     adata = model._check(adata)

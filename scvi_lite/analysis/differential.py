@@ -215,7 +215,7 @@ def differential_expression(
         rows, z_sk = draw_latent(model, adata, rows, n, weights or "uniform", importance_weighting_kwargs, batch_size)
         return decode_draws(
             model, adata, rows, z_sk, codes, each_in_turn=True, batch_size=batch_size,
-            value_of=features and features.value_of, n_features=len(names),
+            value_of=features.value_of if features else None, n_features=len(names),
         )  # fmt: skip
 
     return compare(

@@ -16,15 +16,11 @@ from torch import Tensor
 from scvi_lite.analysis import differential
 from scvi_lite.analysis.expression import (
     check_library_size,
-    draw_library,
     expected,
     log_library,
     minibatches,
-    select_genes,
 )
 from scvi_lite.analysis.inputs import draw, gene_positions, minibatch_size, positions_of, whole_number
-from scvi_lite.analysis.predictive import correlation, denoised
-from scvi_lite.errors import unknown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -129,7 +125,7 @@ def get_normalized_expression(
         y_np = protein_value(rates, sample_protein_mixing, include_protein_background, scale_protein)
         return {"rna": expected(model, z, library_n, batch, None, genes), "protein": chosen(y_np, proteins)}
 
-    values, names = _per_cell(
+    values, names = ask_cells(
         model, adata, indices, codes, ask, n_samples, n_samples_overall, batch_size, return_mean, silent
     )
     rna, protein = values["rna"], values["protein"]
@@ -165,7 +161,7 @@ def get_protein_foreground_probability(
         rates = model.module.decode_proteins(z, batch)
         return {"probability": chosen(rates.foreground_probability_np, proteins)}
 
-    values, names = _per_cell(model, adata, indices, codes, ask, n_samples, None, batch_size, return_mean, silent)
+    values, names = ask_cells(model, adata, indices, codes, ask, n_samples, None, batch_size, return_mean, silent)
     value = values["probability"]
     return value if return_numpy or value.ndim == 3 else _frame(value, names, model.protein_names, proteins)
 
@@ -182,148 +178,7 @@ def get_protein_background_mean(
         rates = model.module.decode_proteins(z, batch)
         return {"mean": (rates.back_loc_np + 0.5 * rates.back_scale_np**2).exp()}
 
-    return _per_cell(model, adata, indices, [None], ask, 1, None, batch_size, True, True)[0]["mean"]
-
-
-def get_likelihood_parameters(
-    model: Model,
-    adata: Data | None = None,
-    indices: Any = None,
-    n_samples: int = 1,
-    give_mean: bool = False,
-    batch_size: int | None = None,
-) -> dict[str, np.ndarray]:
-    """Parameters of the likelihood of each cell's counts, for cells drawn from their posterior.
-
-    Parameters
-    ----------
-    adata, indices, batch_size
-        As in ``get_normalized_expression``.
-    n_samples
-        Draws from the posterior of each cell.
-    give_mean
-        Average over the draws.
-
-    Returns
-    -------
-    dict
-        Of genes ``"mean"``, ``"dispersions"`` and, of ZINB, ``"dropout"``; of proteins ``"protein_background"`` and
-        ``"protein_foreground"`` (means), ``"protein_mixing"`` (probability of the background) and
-        ``"protein_dispersions"``. float32, (n, features), or (n, features, s) with several draws that are not averaged.
-    """
-
-    def ask(batch: Batch, q: Posterior, z: Tensor) -> Parts:
-        rates, proteins = model.module.decode_both(z, draw_library(model, batch, q, n_draws(z)), batch)
-        efficiency_np = proteins.log_efficiency.exp()
-        parts = {
-            "mean": rates.mu_ng,
-            "dispersions": rates.log_theta.exp().expand_as(rates.mu_ng),
-            "protein_background": proteins.back_np * efficiency_np,
-            "protein_foreground": proteins.fore_np * efficiency_np,
-            "protein_mixing": proteins.mixing_np.sigmoid(),
-            "protein_dispersions": proteins.log_theta.exp().expand_as(proteins.mixing_np),
-        }
-        return parts if rates.dropout_ng is None else {**parts, "dropout": rates.dropout_ng.sigmoid()}
-
-    return _per_cell(model, adata, indices, [None], ask, n_samples, None, batch_size, give_mean, True)[0]
-
-
-def posterior_predictive_sample(
-    model: Model,
-    adata: Data | None = None,
-    indices: Any = None,
-    n_samples: int = 1,
-    batch_size: int | None = None,
-    gene_list: Sequence[str] | None = None,
-    protein_list: Sequence[str] | None = None,
-    transform_batch: Any = None,
-) -> dict[str, np.ndarray]:
-    """Draw new counts for cells: a latent position from the posterior of each, then counts from the likelihood.
-
-    Arguments and errors are those of ``get_normalized_expression``; of several batches the draws are averaged, so name
-    one.
-
-    Returns
-    -------
-    dict
-        ``"rna"`` and ``"protein"``: float32 counts, (n, features), or (n, features, s) with several draws.
-    """
-    genes, proteins = gene_positions(model, gene_list), protein_positions(model, protein_list)
-    codes = model._batch_codes(transform_batch)
-    if len(codes) > 1:
-        raise ValueError(f"transform_batch={transform_batch!r}: counts are drawn as from one batch; name one.")
-
-    def ask(batch: Batch, q: Posterior, z: Tensor) -> Parts:
-        rates, of_proteins = model.module.decode_both(z, draw_library(model, batch, q, n_draws(z)), batch)
-        return {
-            "rna": select_genes(rates, genes).distribution().sample(),
-            "protein": chosen(of_proteins.sample(), proteins),
-        }
-
-    return _per_cell(model, adata, indices, codes, ask, n_samples, None, batch_size, False, True)[0]
-
-
-def get_feature_correlation_matrix(
-    model: Model,
-    adata: Data | None = None,
-    indices: Any = None,
-    n_samples: int = 10,
-    batch_size: int | None = None,
-    rna_size_factor: float = 1000,
-    transform_batch: Any = None,
-    correlation_type: str = "spearman",
-    log_transform: bool = False,
-    silent: bool = True,
-) -> pd.DataFrame:
-    """Correlation of genes and proteins over cells, in rates drawn from the posterior: without the noise of counting.
-
-    Parameters
-    ----------
-    adata, indices, transform_batch, batch_size, silent
-        As in ``get_normalized_expression``; correlations are averaged over several batches.
-    n_samples
-        Draws. Each needs a matrix of cells × features.
-    rna_size_factor
-        The library size of all cells.
-    correlation_type
-        ``"spearman"`` or ``"pearson"``.
-    log_transform
-        Take log1p of the rates first, which matters for Pearson's.
-
-    Returns
-    -------
-    pandas.DataFrame
-        (g + p, g + p) float64, genes first. NaN for a feature that does not vary.
-
-    Raises
-    ------
-    ValueError
-        If a batch or the type is unknown, a number out of range, or there are fewer than two cells.
-    """
-    import pandas as pd
-
-    if correlation_type not in ("spearman", "pearson"):
-        raise ValueError(unknown("correlation_type", correlation_type, ["spearman", "pearson"]))
-    if not rna_size_factor > 0:
-        raise ValueError(f"rna_size_factor={rna_size_factor!r}: a positive number is needed.")
-    codes = model._batch_codes(transform_batch)
-    whole_number(n_samples=n_samples)
-
-    def ask(batch: Batch, q: Posterior, z: Tensor) -> Parts:
-        library_n = torch.full_like(batch.total_n, float(rna_size_factor)).log()
-        rates, proteins = model.module.decode_both(z, library_n, batch)
-        return {"rate": torch.cat([denoised(rates), proteins.sample(denoised=True)], -1)}
-
-    names = [*model._gene_names, *model.protein_names]
-    total_ff = np.zeros((len(names), len(names)))
-    for code in codes:
-        for _ in range(n_samples):
-            values, cells = _per_cell(model, adata, indices, [code], ask, 1, None, batch_size, True, silent)
-            if len(cells) < 2:
-                raise ValueError(f"indices: {len(cells)} cells were given; a correlation needs at least two.")
-            rate_nf = np.log1p(values["rate"]) if log_transform else values["rate"]
-            total_ff += correlation(rate_nf, correlation_type)
-    return pd.DataFrame(total_ff / (len(codes) * n_samples), index=names, columns=names)
+    return ask_cells(model, adata, indices, [None], ask, 1, None, batch_size, True, True)[0]["mean"]
 
 
 def differential_expression(
@@ -416,7 +271,7 @@ def n_draws(z: Tensor) -> int | None:
     return len(z) if z.ndim == 3 else None
 
 
-def _per_cell(
+def ask_cells(
     model: Model,
     adata: Data | None,
     indices: Any,

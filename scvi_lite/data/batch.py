@@ -139,9 +139,11 @@ class Batch:
         """The same cells on a device."""
         if self.row_n.device == device:
             return self
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        movable = Tensor | Counts | Batch
-        return Batch(**{name: v.to(device) if isinstance(v, movable) else v for name, v in moved.items()})
+        moved: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name, value in moved.items():
+            if isinstance(value, Tensor | Counts | Batch):
+                moved[name] = value.to(device)
+        return Batch(**moved)
 
     def join(self, other: Batch) -> Batch:
         """These cells and others behind them."""

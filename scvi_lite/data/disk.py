@@ -49,7 +49,9 @@ class LazyStore:
         self.counts = {name: registry.rows(adata, name) for name in registry.matrices}
         if not with_counts:
             nowhere_n = np.full(adata.n_obs, -1)
-            empty = {name: sparse.csr_matrix((0, rows.shape[1]), dtype=np.float32) for name, rows in self.counts.items()}
+            empty = {
+                name: sparse.csr_matrix((0, rows.shape[1]), dtype=np.float32) for name, rows in self.counts.items()
+            }
             self.counts = {name: Rows(matrix, nowhere_n) for name, matrix in empty.items()}
         self.cells = cell_tensors(adata, registry)
         self.row_n = torch.arange(adata.n_obs) if row_n is None else torch.from_numpy(row_n)
@@ -60,9 +62,10 @@ class LazyStore:
     def __getitem__(self, row_n: Tensor) -> Batch:
         row_n = self.row_n[row_n]
         found = {name: rows.gather(row_n.numpy()) for name, rows in self.counts.items()}
-        cells = {name: values.index_select(0, row_n) for name, values in self.cells.items()}
+        cells: dict[str, Any] = {name: values.index_select(0, row_n) for name, values in self.cells.items()}
         cells.setdefault("total_n", found["x"][1])
-        return Batch(**{name: counts for name, (counts, _) in found.items()}, **cells)
+        cells |= {name: counts for name, (counts, _) in found.items()}
+        return Batch(**cells)
 
     @property
     def n_features(self) -> int:

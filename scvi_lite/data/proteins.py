@@ -102,8 +102,8 @@ class Proteins(Field):
         matrix = adata.obsm[state["key"]]
         if matrix.ndim != 2 or matrix.shape[1] == 0:
             raise ValueError(
-                f"{state['argument']}={state['key']!r} has shape {matrix.shape}; a matrix (n, p) of counts is needed, of "
-                "zeros where no protein was measured."
+                f"{state['argument']}={state['key']!r} has shape {matrix.shape}; a matrix (n, p) of counts is needed, "
+                "of zeros where no protein was measured."
             )
         return matrix
 

@@ -148,8 +148,9 @@ class CellStore:
     def __getitem__(self, row_n: Tensor) -> Batch:
         row_n = row_n if self.row_n is None else self.row_n[row_n]
         on_device = row_n.to(self.device)
-        cells = {name: values.index_select(0, on_device) for name, values in self.cells.items()}
-        return Batch(**{name: x.gather(row_n) for name, x in self.counts.items()}, **cells)
+        parts: dict[str, Any] = {name: values.index_select(0, on_device) for name, values in self.cells.items()}
+        parts |= {name: x.gather(row_n) for name, x in self.counts.items()}
+        return Batch(**parts)
 
     def take(self, row_n: Tensor) -> CellStore:
         """A store of some of the cells, without a copy; ``row_n`` of its batches counts in the whole data set."""

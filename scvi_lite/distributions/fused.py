@@ -116,8 +116,10 @@ def _score_draws(
     if plain and not (torch.is_grad_enabled() and any(t.requires_grad for t in given)):
         from scvi_lite.distributions import kernels
 
-        flat = [t if _shared(t, log_theta) else t.flatten(0, 1) for t in inputs]
-        return kernels.score(counts.start, counts.col_m, counts.value_m.float(), *flat, False)[0].view(s, n)
+        logit, library, theta, dropout = (t if _shared(t, log_theta) else t.flatten(0, 1) for t in inputs)
+        return kernels.score(
+            counts.start, counts.col_m, counts.value_m.float(), logit, library, theta, dropout, gradients=False
+        )[0].view(s, n)
     draws = [[t if _shared(t, log_theta) else t[i] for t in inputs] for i in range(s)]
     return torch.stack([_score(parts, counts, *one) for one in draws])
 

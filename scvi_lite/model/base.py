@@ -150,7 +150,7 @@ class Model(ABC):
     def _gene_names(self) -> list[str]:
         """Names of the features of the counts ``x``."""
         modality = self.registry.modalities.get("x")
-        return self._var_names if modality is None else self._var_names[modality]
+        return self._var_names if isinstance(self._var_names, list) else self._var_names[modality]
 
     # Training ---------------------------------------------------------------------------------------------------------
 
@@ -277,7 +277,7 @@ class Model(ABC):
     # Files ------------------------------------------------------------------------------------------------------------
 
     save = files.save
-    load = classmethod(files.load)  # type: ignore[var-annotated]
+    load = classmethod(files.load)
 
     # For people -------------------------------------------------------------------------------------------------------
 

@@ -151,7 +151,7 @@ class CondSCVI(Model):
         """Names of the fine labels."""
         return self.registry.categories("fine_n")[:-1] if "fine_n" in self.registry.fields else []
 
-    def train(  # type: ignore[override]  # the order of arguments is that of scvi-tools
+    def train(  # the order of arguments is that of scvi-tools
         self,
         max_epochs: int = 300,
         lr: float = 0.001,

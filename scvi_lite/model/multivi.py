@@ -217,7 +217,7 @@ class MULTIVI(Model):
             return names[self.registry.modalities[field]]
         return names[slice(*self.registry.fields[field]["columns"])]
 
-    def train(  # type: ignore[override]  # the order of arguments is that of scvi-tools
+    def train(  # the order of arguments is that of scvi-tools
         self,
         max_epochs: int = 500,
         lr: float = 1e-4,

@@ -235,7 +235,7 @@ class PEAKVI(Model):
     def _region_names(self) -> list[str]:
         return self._gene_names
 
-    def train(  # type: ignore[override]  # the order of arguments is that of scvi-tools
+    def train(  # the order of arguments is that of scvi-tools
         self,
         max_epochs: int = 500,
         lr: float = 1e-4,

@@ -283,7 +283,7 @@ class SCANVI(Model):
         registries.note(registry, adata)
         return adata
 
-    def train(  # type: ignore[override]  # the order of arguments is that of scvi-tools
+    def train(  # the order of arguments is that of scvi-tools
         self,
         max_epochs: int | None = None,
         n_samples_per_label: int | None = None,

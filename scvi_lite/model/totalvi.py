@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from scvi_lite.analysis import abundance, importance, latent, likelihood, minify, proteins
+from scvi_lite.analysis import abundance, importance, joint, latent, likelihood, minify, proteins
 from scvi_lite.data.fields import Categorical, Categoricals, Continuous, Continuouses, Field, Matrix, check_keys
 from scvi_lite.data.modalities import read_modalities
 from scvi_lite.data.proteins import Proteins
@@ -138,9 +138,9 @@ class TOTALVI(Model):
     get_normalized_expression = proteins.get_normalized_expression
     get_protein_foreground_probability = proteins.get_protein_foreground_probability
     get_protein_background_mean = proteins.get_protein_background_mean
-    get_likelihood_parameters = proteins.get_likelihood_parameters
-    posterior_predictive_sample = proteins.posterior_predictive_sample
-    get_feature_correlation_matrix = proteins.get_feature_correlation_matrix
+    get_likelihood_parameters = joint.get_likelihood_parameters
+    posterior_predictive_sample = joint.posterior_predictive_sample
+    get_feature_correlation_matrix = joint.get_feature_correlation_matrix
     get_importance_weights = importance.get_importance_weights
     differential_expression = proteins.differential_expression
     differential_abundance = abundance.differential_abundance
@@ -417,5 +417,5 @@ def _columns(given: Mapping[str, Any], where: Mapping[str, str | None]) -> list[
 
 def _panels(columns: Sequence[Field]) -> Categorical:
     """The column that tells where which proteins were measured: the panel, or else the batch."""
-    by_name = {column.name: column for column in columns}
+    by_name = {column.name: column for column in columns if isinstance(column, Categorical)}
     return by_name.get("panel_n", by_name["batch_n"])

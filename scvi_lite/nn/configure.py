@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,13 +20,12 @@ if TYPE_CHECKING:
 
     from scvi_lite.data.registry import Registry
 
-Config = TypeVar("Config", bound=VAEConfig)
 FROM_DATA = (
     "n_genes", "n_batches", "n_labels", "n_cats", "n_conts", "use_size_factor", "n_proteins", "n_panels",
 )  # fmt: skip
 
 
-def configure(registry: Registry, arguments: Mapping[str, Any], kind: type[Config] = VAEConfig, **sizes: int) -> Config:
+def configure(registry: Registry, arguments: Mapping[str, Any], kind: type[VAEConfig] = VAEConfig, **sizes: Any) -> Any:
     """The network's configuration: sizes from the data, options from the user. ``kind`` may have further ones of both.
 
     Raises

@@ -87,7 +87,18 @@ class Block(nn.Module):
             h = self.batch_norm(h.flatten(0, -2)).view(h.shape)
         if self.layer_norm is not None:
             h = self.layer_norm(h)
-        return F.dropout(self.activation(h), self.dropout_rate, self.training)
+        return (
+            dropout(self.activation(h), self.dropout_rate)
+            if self.training and self.dropout_rate
+            else self.activation(h)
+        )
+
+
+def dropout(h: Tensor, rate: float) -> Tensor:
+    """Leave out a share of the hidden units of each cell (..., n, h): the same ones for all leading dimensions."""
+    if h.dim() == 2:
+        return F.dropout(h, rate)
+    return h * F.dropout(torch.ones_like(h[(0,) * (h.dim() - 2)]), rate)  # random numbers take longer than a product
 
 
 class Hidden(nn.Module):

@@ -64,7 +64,7 @@ class SCANVIModule(CountVAE):
     def __init__(self, config: SCANVIConfig, library_prior: tuple[Tensor, Tensor] | None = None):
         super().__init__(config, library_prior)
         c = config
-        in_encoder = {"batch_norm": c.use_batch_norm in ("encoder", "both")}
+        in_encoder: dict[str, Any] = {"batch_norm": c.use_batch_norm in ("encoder", "both")}
         in_encoder["layer_norm"] = c.use_layer_norm in ("encoder", "both")
         in_decoder = {"batch_norm": c.use_batch_norm in ("decoder", "both")}
         in_decoder["layer_norm"] = c.use_layer_norm in ("decoder", "both")

@@ -162,7 +162,7 @@ class VAE(Module):
 
     def log_joint(self, z: Tensor, library: Tensor | None, batch: Batch) -> Tensor:
         """log p(data, u | z, library) - log q(u | z) at a draw of u, what is latent beside z and the library."""
-        return -sum(self.reconstruction(z, library, batch).values())
+        return -torch.stack(list(self.reconstruction(z, library, batch).values())).sum(0)
 
     def covariates(self, batch: Batch) -> tuple[list[Tensor], Tensor | None]:
         """Codes of the categorical covariates with more than one category, and the dense covariates (n, d)."""

@@ -93,7 +93,7 @@ def split_one_hot(
     deeply
         Whether the covariates enter each hidden layer, or the first only.
     """
-    result = {}
+    result: dict[str, Tensor] = {}
     for name, tensor in state.items():
         layer = LINEAR.fullmatch(name)
         sizes = covariates.get(layer[1], ()) if layer and (deeply or layer[2] == "0") else ()

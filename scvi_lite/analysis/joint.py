@@ -1,0 +1,171 @@
+"""Counts of genes and proteins as a model would draw them anew, and how they go together (Gayoso et al. 2021).
+
+doi:10.1038/s41592-020-01050-x
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scvi_lite.analysis.expression import draw_library, select_genes
+from scvi_lite.analysis.inputs import gene_positions, whole_number
+from scvi_lite.analysis.predictive import correlation, denoised
+from scvi_lite.analysis.proteins import Parts, ask_cells, chosen, n_draws, protein_positions
+from scvi_lite.errors import unknown
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from anndata import AnnData
+    from mudata import MuData
+
+    from scvi_lite.data.batch import Batch
+    from scvi_lite.model.base import Model
+    from scvi_lite.nn.vae import Posterior
+
+    Data = AnnData | MuData
+
+
+def get_likelihood_parameters(
+    model: Model,
+    adata: Data | None = None,
+    indices: Any = None,
+    n_samples: int = 1,
+    give_mean: bool = False,
+    batch_size: int | None = None,
+) -> dict[str, np.ndarray]:
+    """Parameters of the likelihood of each cell's counts, for cells drawn from their posterior.
+
+    Parameters
+    ----------
+    adata, indices, batch_size
+        As in ``get_normalized_expression``.
+    n_samples
+        Draws from the posterior of each cell.
+    give_mean
+        Average over the draws.
+
+    Returns
+    -------
+    dict
+        Of genes ``"mean"``, ``"dispersions"`` and, of ZINB, ``"dropout"``; of proteins ``"protein_background"`` and
+        ``"protein_foreground"`` (means), ``"protein_mixing"`` (probability of the background) and
+        ``"protein_dispersions"``. float32, (n, features), or (n, features, s) with several draws that are not averaged.
+    """
+
+    def ask(batch: Batch, q: Posterior, z: Tensor) -> Parts:
+        rates, proteins = model.module.decode_both(z, draw_library(model, batch, q, n_draws(z)), batch)
+        efficiency_np = proteins.log_efficiency.exp()
+        parts = {
+            "mean": rates.mu_ng,
+            "dispersions": rates.log_theta.exp().expand_as(rates.mu_ng),
+            "protein_background": proteins.back_np * efficiency_np,
+            "protein_foreground": proteins.fore_np * efficiency_np,
+            "protein_mixing": proteins.mixing_np.sigmoid(),
+            "protein_dispersions": proteins.log_theta.exp().expand_as(proteins.mixing_np),
+        }
+        return parts if rates.dropout_ng is None else {**parts, "dropout": rates.dropout_ng.sigmoid()}
+
+    return ask_cells(model, adata, indices, [None], ask, n_samples, None, batch_size, give_mean, True)[0]
+
+
+def posterior_predictive_sample(
+    model: Model,
+    adata: Data | None = None,
+    indices: Any = None,
+    n_samples: int = 1,
+    batch_size: int | None = None,
+    gene_list: Sequence[str] | None = None,
+    protein_list: Sequence[str] | None = None,
+    transform_batch: Any = None,
+) -> dict[str, np.ndarray]:
+    """Draw new counts for cells: a latent position from the posterior of each, then counts from the likelihood.
+
+    Arguments and errors are those of ``get_normalized_expression``; of several batches the draws are averaged, so name
+    one.
+
+    Returns
+    -------
+    dict
+        ``"rna"`` and ``"protein"``: float32 counts, (n, features), or (n, features, s) with several draws.
+    """
+    genes, proteins = gene_positions(model, gene_list), protein_positions(model, protein_list)
+    codes = model._batch_codes(transform_batch)
+    if len(codes) > 1:
+        raise ValueError(f"transform_batch={transform_batch!r}: counts are drawn as from one batch; name one.")
+
+    def ask(batch: Batch, q: Posterior, z: Tensor) -> Parts:
+        rates, of_proteins = model.module.decode_both(z, draw_library(model, batch, q, n_draws(z)), batch)
+        return {
+            "rna": select_genes(rates, genes).distribution().sample(),
+            "protein": chosen(of_proteins.sample(), proteins),
+        }
+
+    return ask_cells(model, adata, indices, codes, ask, n_samples, None, batch_size, False, True)[0]
+
+
+def get_feature_correlation_matrix(
+    model: Model,
+    adata: Data | None = None,
+    indices: Any = None,
+    n_samples: int = 10,
+    batch_size: int | None = None,
+    rna_size_factor: float = 1000,
+    transform_batch: Any = None,
+    correlation_type: str = "spearman",
+    log_transform: bool = False,
+    silent: bool = True,
+) -> pd.DataFrame:
+    """Correlation of genes and proteins over cells, in rates drawn from the posterior: without the noise of counting.
+
+    Parameters
+    ----------
+    adata, indices, transform_batch, batch_size, silent
+        As in ``get_normalized_expression``; correlations are averaged over several batches.
+    n_samples
+        Draws. Each needs a matrix of cells × features.
+    rna_size_factor
+        The library size of all cells.
+    correlation_type
+        ``"spearman"`` or ``"pearson"``.
+    log_transform
+        Take log1p of the rates first, which matters for Pearson's.
+
+    Returns
+    -------
+    pandas.DataFrame
+        (g + p, g + p) float64, genes first. NaN for a feature that does not vary.
+
+    Raises
+    ------
+    ValueError
+        If a batch or the type is unknown, a number out of range, or there are fewer than two cells.
+    """
+    import pandas as pd
+
+    if correlation_type not in ("spearman", "pearson"):
+        raise ValueError(unknown("correlation_type", correlation_type, ["spearman", "pearson"]))
+    if not rna_size_factor > 0:
+        raise ValueError(f"rna_size_factor={rna_size_factor!r}: a positive number is needed.")
+    codes = model._batch_codes(transform_batch)
+    whole_number(n_samples=n_samples)
+
+    def ask(batch: Batch, q: Posterior, z: Tensor) -> Parts:
+        library_n = torch.full_like(batch.total_n, float(rna_size_factor)).log()
+        rates, proteins = model.module.decode_both(z, library_n, batch)
+        return {"rate": torch.cat([denoised(rates), proteins.sample(denoised=True)], -1)}
+
+    names = [*model._gene_names, *model.protein_names]
+    total_ff = np.zeros((len(names), len(names)))
+    for code in codes:
+        for _ in range(n_samples):
+            values, cells = ask_cells(model, adata, indices, [code], ask, 1, None, batch_size, True, silent)
+            if len(cells) < 2:
+                raise ValueError(f"indices: {len(cells)} cells were given; a correlation needs at least two.")
+            rate_nf = np.log1p(values["rate"]) if log_transform else values["rate"]
+            total_ff += correlation(rate_nf, correlation_type)
+    return pd.DataFrame(total_ff / (len(codes) * n_samples), index=names, columns=names)
