@@ -66,7 +66,7 @@ class DestVIPlan(Plan):
     beta_reg
         Of the standard normal prior of the genes' shift between single cells and spots.
     weighting_augmentation
-        Of the cost of spots mixed with simulated ones.
+        Of the cost of spots mixed with simulated ones, a KL in nats.
     weighting_kl_latent
         Of the KL of the latent space that the networks read, with ``n_latent_amortization``.
     """
@@ -74,7 +74,7 @@ class DestVIPlan(Plan):
     lr: float = 3e-3
     n_epochs_kl_warmup: int | None = 200
     ct_sparsity_weight: float = 2.0
-    weighting_augmentation: float = 100.0
+    weighting_augmentation: float = 1.0
     eta_reg: float = 1.0
     beta_reg: float = 1.0
     weighting_kl_latent: float = 0.001
@@ -245,7 +245,7 @@ class DestVI(Model):
         cls.setup_anndata(st_adata, **(setup or {}))
         return cls(st_adata, Reference.of(sc_model, vamp_prior_p), **network_options)
 
-    def train(  # type: ignore[override]  # the order of arguments is that of scvi-tools
+    def train(  # the order of arguments is that of scvi-tools
         self,
         max_epochs: int = 2000,
         lr: float = 0.003,

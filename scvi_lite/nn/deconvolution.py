@@ -203,7 +203,7 @@ class SpotModule(Module):
         batch: Batch,
         kl_weight: float | Tensor = 1.0,
         ct_sparsity_weight: float = 2.0,
-        weighting_augmentation: float = 100.0,
+        weighting_augmentation: float = 1.0,
         eta_reg: float = 1.0,
         beta_reg: float = 1.0,
         weighting_kl_latent: float = 0.001,
