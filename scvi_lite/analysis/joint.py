@@ -20,14 +20,11 @@ from scvi_lite.errors import unknown
 
 if TYPE_CHECKING:
     import pandas as pd
-    from anndata import AnnData
-    from mudata import MuData
 
+    from scvi_lite.analysis.proteins import Data
     from scvi_lite.data.batch import Batch
     from scvi_lite.model.base import Model
     from scvi_lite.nn.vae import Posterior
-
-    Data = AnnData | MuData
 
 
 def get_likelihood_parameters(
