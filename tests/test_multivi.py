@@ -1,5 +1,7 @@
 """MULTIVI: the peer's recorded answers, cells that lack a modality, imputation, joined data, and bad input."""
 
+import warnings
+
 import anndata
 import numpy as np
 import pandas as pd
@@ -366,3 +368,20 @@ def test_two_ranks(tmp_path):
         seen = [row for rank in (first, second) for epoch, rows in rank[name]["train"] if epoch == 0 for row in rows]
         assert sorted(seen) == sorted(first[name]["indices"][0])
     assert len(first["MULTIVI"]["history"]["modality_penalty_validation"]) == 3
+
+
+def test_compiled_training():
+    """Several encoders read the same counts, with gradients."""
+    rna, atac, _ = two_types(40)
+    both = anndata.concat([rna, atac], axis=1)
+    MULTIVI.setup_anndata(both)
+    losses = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = MULTIVI(both, n_genes=N_GENES, n_hidden=8, n_latent=2, dropout_rate=0.0)
+        plan = {"compile": compiled, "compile_kwargs": {"backend": "eager"}}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            model.train(2, plan_kwargs=plan, train_size=1.0, early_stopping=False, batch_size=20, **SILENT)
+        losses.append(model.history["train_loss"].to_numpy())
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-2)

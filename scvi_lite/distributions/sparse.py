@@ -38,7 +38,8 @@ def sparse_linear(counts: Counts, weight_hg: Tensor) -> Tensor:
             f"weight_hg has shape {tuple(weight_hg.shape)}, but the counts have {counts.n_features} features: "
             "the layer was made for another number of features."
         )
-    if weight_hg.is_cuda:
+    # TorchDynamo cannot trace a Function that is applied twice to tensors of unknown size, as two encoders do.
+    if weight_hg.is_cuda or torch.compiler.is_compiling():
         return torch.nn.functional.linear(counts.x_ng, weight_hg)
     dtype = torch.promote_types(weight_hg.dtype, torch.float32)
     parts = counts.start, counts.row_m, counts.col_m, counts.value_m.to(dtype)
