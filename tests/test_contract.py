@@ -77,7 +77,7 @@ CASES = {
     "CondSCVI": Case(CondSCVI, LABELS),
     "CondSCVI, mixture": Case(CondSCVI, LABELS | BATCH, {"prior": "mog", "weight_obs": True}),
     "CondSCVI, fine labels": Case(CondSCVI, LABELS | {"fine_labels_key": "donor"}, {"prior": "vamp", "n_layers": 1}),
-    "DestVI": SpotCase(DestVI),
+    "DestVI": SpotCase(DestVI, {}, {"augmentation": True}),
     "DestVI, no networks": SpotCase(DestVI, BATCH, {"amortization": "none", "prior_mode": "normal"}),
     "SCANVI": Case(SCANVI, SOME_LABELS | BATCH),
     "SCANVI, covariates": Case(

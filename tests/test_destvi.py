@@ -94,11 +94,11 @@ def test_proportions_of_simulated_spots(simulated, amortization):
 
 
 OPTIONS = [
-    {},
+    {"augmentation": True},
     {"amortization": "none", "prior_mode": "normal"},
     {"amortization": "latent", "n_states_per_label": 1, "add_celltypes": 0},
     {"amortization": "proportion", "n_states_per_label": 2, "add_celltypes": 2},
-    {"amortization": "both", "n_latent_amortization": 4, "augmentation": False},
+    {"amortization": "both", "n_latent_amortization": 4},
 ]
 
 
@@ -171,7 +171,7 @@ def test_genes_in_another_order(sc_model):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_loss_compiles_whole(sc_model):
-    model = DestVI.from_rna_model(spots(), sc_model)
+    model = DestVI.from_rna_model(spots(), sc_model, augmentation=True)
     model.module.train()
     torch._dynamo.reset()
     compiled = torch.compile(model.module.loss, fullgraph=True, dynamic=True, backend="eager")

@@ -145,8 +145,8 @@ class DestVI(Model):
         ``"none"``; what it does not find are parameters of each spot. ``prior_mode``: ``"mog"``, a cell type is in a
         mixture of ``n_states_per_label`` (3) states in a spot, whose prior counts by the share of the type; or
         ``"normal"``, in one state. ``add_celltypes``: extra cell types that the reference lacks (1). ``augmentation``:
-        train the network of proportions on spots mixed with simulated ones too, ``n_samples_augmentation`` (2) for
-        each. ``dropout_amortization`` of the network of states (0.03). ``n_latent_amortization``: dimensions of a
+        train the network of proportions on spots mixed with simulated ones too (off), ``n_samples_augmentation`` (2)
+        for each. ``dropout_amortization`` of the network of states (0.03). ``n_latent_amortization``: dimensions of a
         latent space of the spots which the networks read instead of the counts.
 
     Raises

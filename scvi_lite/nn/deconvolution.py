@@ -44,7 +44,7 @@ class SpotConfig:
     prior_mode: str = "mog"
     n_states_per_label: int = 3
     add_celltypes: int = 1
-    augmentation: bool = True
+    augmentation: bool = False
     n_samples_augmentation: int = 2
     dropout_amortization: float = 0.03
     n_latent_amortization: int | None = None
