@@ -30,8 +30,9 @@ $(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
 demo: $(INSTALLED)  ## train SCVI on real data, write results and pictures to demo_output/
 	$(BIN)/scvi-lite demo --out $(OUT) $(ARGS)
 
+# A test a core: one thread each is faster than all threads for one test after the other.
 test: $(INSTALLED)  ## run every test, doctest, lint and type check
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --durations 25 $(ARGS)
 
 test-long: $(INSTALLED)  ## run the tests that take minutes
 	$(BIN)/python -m pytest -m "long and not gpu" --timeout 3600 $(ARGS)
