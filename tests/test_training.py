@@ -516,3 +516,19 @@ def test_bar(monkeypatch):
 def test_own_progress_bar(model):
     model.train(max_epochs=1, accelerator="cpu", callbacks=TQDMProgressBar(refresh_rate=0))
     assert isinstance(model.trainer.progress_bar_callback, TQDMProgressBar)
+
+
+@pytest.mark.parametrize("name", ["PEAKVI", "MULTIVI", "TOTALVI"])
+def test_stopping_by_default_needs_no_validation_cells(name):
+    adata = scvi_lite.data.synthetic_iid(batch_size=20, n_genes=10, n_proteins=5)
+    model_class = getattr(scvi_lite.model, name)
+    proteins = {"protein_expression_obsm_key": "protein_expression"} if name == "TOTALVI" else {}
+    model_class.setup_anndata(adata, **proteins)
+    model = model_class(adata, **({"n_genes": 5, "n_regions": 5} if name == "MULTIVI" else {}))
+    with pytest.warns(UserWarning, match="trained without early_stopping"):
+        model.train(max_epochs=2, train_size=1.0, **SILENT)
+    assert len(model.history["elbo_train"]) == 2
+    steady = {"reduce_lr_on_plateau": False} if name == "TOTALVI" else {}
+    with pytest.raises(ValueError, match="early_stopping_monitor='elbo_valid' is not a metric"):
+        model.train(early_stopping_monitor="elbo_valid", train_size=1.0, **steady, **SILENT)
+    model.train(max_epochs=1, train_size=1.0, early_stopping=False, **steady, **SILENT)  # warnings are errors

@@ -61,8 +61,9 @@ def fit_model(
     """
     model._check_can_train()
     plan = make_plan(model.plan, plan_kwargs)
-    named = [name for name in inspect.signature(model.train).parameters if name != "trainer_kwargs"]
-    stopping, options = asked.sort_options({"early_stopping": early_stopping, **trainer_kwargs}, named)
+    defaults = {name: p.default for name, p in inspect.signature(model.train).parameters.items()}
+    defaults.pop("trainer_kwargs", None)
+    stopping, options = asked.sort_options({"early_stopping": early_stopping, **trainer_kwargs}, defaults)
     if max_epochs is not None:
         asked.check_whole("max_epochs", max_epochs)
         max_epochs = int(max_epochs)  # Lightning takes no integer of NumPy
@@ -82,6 +83,8 @@ def fit_model(
     n_validation = 0 if options.get("limit_val_batches") == 0 else len(start.split.validation)
     module = model.module
     further = [module.metric_name(name, part) for part in ("train", "validation") for name in module.extra_metrics]
+    if n_validation == 0:
+        stopping, plan = asked.without_validation(stopping, plan, defaults)
     asked.check_monitors(stopping, plan, options.get("callbacks"), n_validation, further)
     n_workers = workers_needed(options)
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 
 from scvi_lite._settings import settings
-from scvi_lite.errors import check_options, unknown, without_needless
+from scvi_lite.errors import check_options, unknown, warn, without_needless
 from scvi_lite.train.plan import Plan, is_of_validation, metric_names
 from scvi_lite.train.strategies import as_list
 
@@ -122,6 +122,24 @@ def sort_options(options: Mapping[str, Any], named: Iterable[str] = ()) -> tuple
         )
     stopping = Stopping(**{k: v for k, v in given.items() if k in ours})
     return stopping, {k: v for k, v in given.items() if k not in ours}
+
+
+def without_validation(stopping: Stopping, plan: Plan, defaults: Mapping[str, Any]) -> tuple[Stopping, Plan]:
+    """Leave out what waits for validation cells and is on by default in ``defaults``, and warn; there are none."""
+    stops = stopping.early_stopping and defaults.get("early_stopping") is True
+    stops &= is_of_validation(stopping.early_stopping_monitor)
+    slows = plan.reduce_lr_on_plateau and defaults.get("reduce_lr_on_plateau") is True
+    slows &= is_of_validation(plan.lr_scheduler_metric)
+    off = [name for name, is_off in (("early_stopping", stops), ("reduce_lr_on_plateau", slows)) if is_off]
+    if off:
+        warn(
+            f"No cells are set aside for validation: this model is trained without {' and '.join(off)}, on by default. "
+            f"Give train_size=0.9 to have cells for it, or {', '.join(f'{name}=False' for name in off)} to say so."
+        )
+    return (
+        replace(stopping, early_stopping=False) if stops else stopping,
+        replace(plan, reduce_lr_on_plateau=False) if slows else plan,
+    )
 
 
 def check_monitors(
