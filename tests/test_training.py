@@ -225,7 +225,7 @@ def test_optimizer_options(model):
     model.train(max_epochs=1, plan_kwargs=plan, **SILENT)
     (group,) = model.trainer.optimizers[0].param_groups
     assert (group["lr"], group["eps"], group["weight_decay"]) == (2e-3, 1e-5, 0.3)
-    assert type(model.trainer.optimizers[0]) is torch.optim.AdamW
+    assert isinstance(model.trainer.optimizers[0], torch.optim.AdamW)
 
 
 def test_custom_optimizer(model):
@@ -532,3 +532,22 @@ def test_stopping_by_default_needs_no_validation_cells(name):
     with pytest.raises(ValueError, match="early_stopping_monitor='elbo_valid' is not a metric"):
         model.train(early_stopping_monitor="elbo_valid", train_size=1.0, **steady, **SILENT)
     model.train(max_epochs=1, train_size=1.0, early_stopping=False, **steady, **SILENT)  # warnings are errors
+
+
+@pytest.mark.parametrize("kind", ["Adam", "AdamW"])
+def test_adam_of_weights_stored_by_input(kind):
+    """The same numbers as PyTorch's, without a copy of them."""
+    from scvi_lite.train import adam
+
+    start, gradient = torch.randn(5, 3), torch.randn(4, 5, 3)
+    results = []
+    for optimizer, fused in ((getattr(torch.optim, kind), False), (getattr(adam, kind), True)):
+        weight = torch.nn.Parameter(start.t().clone(memory_format=torch.contiguous_format).t())
+        there = weight.data_ptr()
+        steps = optimizer([weight], lr=0.1, weight_decay=0.1, fused=fused)
+        for g in gradient:
+            weight.grad = torch.empty_like(weight).copy_(g)
+            steps.step()
+        assert weight.data_ptr() == there and weight.stride() == (1, 5)
+        results.append(weight.detach().clone())
+    torch.testing.assert_close(*results)

@@ -13,6 +13,7 @@ from torch import Tensor
 from scvi_lite.nn.classifier import Adversary
 from scvi_lite.nn.module import Loss, Module
 from scvi_lite.train import checkpoint as saved
+from scvi_lite.train.adam import Adam, AdamW
 from scvi_lite.train.plan import AdversarialPlan, Plan, metric_names
 
 CHECK_EVERY = 50  # steps between looks for NaN: each look waits for the device
@@ -276,7 +277,7 @@ class Task(pl.LightningModule):
                 self.trainer.precision == "bf16-mixed" and self.trainer.gradient_clip_val
             )
             fused = not unscales and self.device.type in ("cpu", "cuda", "mps")
-            kind = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[plan.optimizer]
+            kind = {"Adam": Adam, "AdamW": AdamW}[plan.optimizer]
             lr = plan.lr * (self.trainer.world_size if plan.scale_lr else 1)
             optimizer = kind(parameters, lr=lr, eps=plan.eps, weight_decay=plan.weight_decay, fused=fused)
         if plan.reduce_lr_on_plateau:
