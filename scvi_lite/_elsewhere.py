@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from abc import ABCMeta
+from typing import NoReturn
+
 READERS = "files are read by scanpy and anndata: scanpy.read_10x_h5, scanpy.read_text, anndata.io.read_loom, ..."
 DATA_SETS = "data sets are not downloaded here; scvi_lite.data.pbmc68k_reduced() and simulate() need no download"
 PLAIN_SETUP = "the setup is plain data: model.registry['setup_args'], model.registry.read(adata, 'x')"
+NO_MANAGER = "nothing is kept outside the model and adata.uns['scvi_lite']"
+SAVED_SETUP = "call `scvi-lite info FOLDER` in a shell"
 SETTINGS_OF_TRAINING = "give plan_kwargs={...} to train(): see scvi_lite.train.Plan"
 ONE_TRAINER = "train() of a model calls lightning.Trainer, with the options that it is given"
 OWN_CODE = "modules are beside their models: scvi_lite.model.scvi.SCVIModule, or model.module of a model"
@@ -48,14 +53,16 @@ INSTEAD: dict[str, dict[str, str]] = {
         **dict.fromkeys(
             (
                 "adata_manager", "data_registry", "get_anndata_manager", "get_from_registry", "get_setup_arg",
-                "get_state_registry", "transfer_fields", "view_setup_method_args",
+                "get_state_registry", "transfer_fields", "unlabeled_category_", "view_setup_method_args",
             ),
             PLAIN_SETUP,
         ),
-        "deregister_manager": "nothing is kept outside the model and adata.uns['scvi_lite']",
+        **dict.fromkeys(("deregister_manager", "register_manager"), NO_MANAGER),
+        **dict.fromkeys(("load_registry", "view_setup_args"), SAVED_SETUP),
+        "init_params_": "print the model",
+        "setup_annbatch": "an AnnData may be backed by a file larger than memory: anndata.read_h5ad(path, backed='r')",
         "summary_string": "print the model, or see model.summary_stats",
         "view_registry": "call model.view_anndata_setup()",
-        "load_registry": "call `scvi-lite info FOLDER` in a shell",
         "convert_legacy_save": "load() reads folders that scvi-tools saved",
         "run_id": "name the run in a logger of Lightning: train(logger=...)",
         "run_name": "name the run in a logger of Lightning: train(logger=...)",
@@ -71,3 +78,15 @@ def instead_of(place: str, name: str) -> str | None:
     """
     cure = INSTEAD.get(place, {}).get(name)
     return None if cure is None else f"{place} has no {name!r}, which scvi-tools has: {cure}."
+
+
+def no_attribute(cls: type, name: str) -> AttributeError:
+    """The error for a name that a model or its class does not have."""
+    return AttributeError(instead_of("Model", name) or f"{cls.__name__} has no attribute {name!r}.", name=name)
+
+
+class SaysInstead(ABCMeta):
+    """Classes of models: like their instances, they say what to use instead of a name of scvi-tools."""
+
+    def __getattr__(cls, name: str) -> NoReturn:
+        raise no_attribute(cls, name)

@@ -277,7 +277,8 @@ def test_several_queries_one_after_another():
 
 def test_nothing_new_needs_no_training():
     model = reference(BATCH)
-    mapped = map_untrained(cells("r1", seed=1), model, freeze_batchnorm_decoder=True)
+    spelt_out = {"registry": None, "datamodule": None}  # as scvi-tools has them
+    mapped = map_untrained(cells("r1", seed=1), model, freeze_batchnorm_decoder=True, **spelt_out)
     assert mapped.is_trained
     assert np.array_equal(mapped.get_latent_representation(), model.get_latent_representation(mapped.adata))
     with pytest.raises(RuntimeError, match="unfrozen=True"):
@@ -530,7 +531,8 @@ def test_what_does_not_fit_is_refused():
         (lambda: map_untrained(without(query, "donor"), model), KeyError, "donor"),
         (lambda: map_untrained(without(query, "depth"), model), KeyError, "depth"),
         (lambda: map_untrained(query, model, transfer_batch=False), ValueError, "'q0'.*'r0', 'r1'"),
-        (lambda: map_untrained(query, model, freeze_classifer=True), TypeError, "freeze_classifer"),
+        (lambda: map_untrained(query, model, freeze_classifer=True), TypeError, "Did you mean 'freeze_classifier'"),
+        (lambda: map_untrained(query, model, registry={"a": 1}), TypeError, "no option 'registry': a model is made"),
     ]
     for call, kind, message in cases:
         with pytest.raises(kind, match=message):

@@ -198,6 +198,7 @@ def test_options_without_a_use_may_be_empty(tmp_path):
         make_model(registry={"a": 1})
     with pytest.raises(KeyError, match="registry='setup' is not a part of a registry"):
         model.registry["setup"]
+    assert dict(model.registry)["model_name"] == "SCVI" and "setup" not in model.registry
 
 
 def test_plan_options_of_metrics_say_that_they_have_no_effect():
@@ -226,6 +227,11 @@ def test_absent_attributes_of_a_model(model):
         model.adata_manager  # noqa: B018
     with pytest.raises(AttributeError, match="SCVI has no attribute 'latent'"):
         model.latent  # noqa: B018
+    for name in ("load_registry", "view_setup_args", "convert_legacy_save", "setup_annbatch"):  # asked of the class
+        with pytest.raises(AttributeError, match=f"no '{name}', which scvi-tools has"):
+            getattr(SCVI, name)
+    with pytest.raises(AttributeError, match="SCVI has no attribute 'train_model'"):
+        SCVI.train_model  # noqa: B018
     untrained = make_model()
     again = pickle.loads(pickle.dumps(copy.deepcopy(untrained)))
     assert all(map(torch.equal, again.module.parameters(), untrained.module.parameters()))

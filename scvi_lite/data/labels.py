@@ -44,7 +44,8 @@ class Labels(Categorical):
         if len(known) < 2:
             raise ValueError(
                 f"{self.argument}={self.key!r}: two labels are needed to tell apart, and {listing(known)} is all that "
-                f"adata.obs[{self.key!r}] has beside {self.unlabeled!r}. SCVI does without labels."
+                f"adata.obs[{self.key!r}] has beside {self.unlabeled!r}. Without labels: SCVI, or CondSCVI "
+                "without fine_labels_key."
             )
         names = {str(name).lower(): name for name in known}
         near = get_close_matches(str(self.unlabeled).lower(), names, n=1, cutoff=0.8)

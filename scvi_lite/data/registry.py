@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -79,6 +79,13 @@ class Registry:
         if part not in PARTS:
             raise UnknownKeyError(unknown("registry", part, PARTS, "a part of a registry", "Parts"))
         return getattr(self, part)
+
+    def keys(self) -> Collection[str]:
+        """Names of the parts, so that ``dict(registry)`` and ``"fields" in registry`` work as on a dictionary."""
+        return PARTS.keys()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(PARTS)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries, lists, strings and numbers."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from scvi_lite._elsewhere import instead_of
+from scvi_lite._elsewhere import SaysInstead, no_attribute
 from scvi_lite._settings import settings
 from scvi_lite.analysis import minify
 from scvi_lite.analysis.inputs import batch_codes, cell_rows, whole_number
@@ -45,7 +45,7 @@ ABSENT = {
 INFERENCE_BATCH = 1024  # no gradients are kept, so minibatches can be larger than in training
 
 
-class Model(ABC):
+class Model(metaclass=SaysInstead):
     """Base of all models: holds an AnnData, the setup it was registered with, and a neural module.
 
     Attributes
@@ -298,9 +298,7 @@ class Model(ABC):
 
     def __getattr__(self, name: str) -> Any:
         """Called for what is not there: say what to use instead of a name that scvi-tools has."""
-        raise AttributeError(
-            instead_of("Model", name) or f"{type(self).__name__} has no attribute {name!r}.", name=name
-        )
+        raise no_attribute(type(self), name)
 
     def __repr__(self) -> str:
         given = ", ".join(f"{name}={value!r}" for name, value in self._arguments.items())

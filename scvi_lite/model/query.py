@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +15,9 @@ from scvi_lite.analysis.minify import setup_for_counts
 from scvi_lite.data.genes import replace_modalities
 from scvi_lite.data.query import extend, fill_genes
 from scvi_lite.data.registry import Registry, check_data, note
-from scvi_lite.errors import warn
+from scvi_lite.errors import warn, without_absent
 from scvi_lite.io.restore import load_weights
-from scvi_lite.model.base import Model
+from scvi_lite.model.base import ABSENT, Model
 from scvi_lite.model.files import from_saved, read_saved, to_saved
 from scvi_lite.nn.module import Module
 from scvi_lite.nn.surgery import Freeze, choose_frozen, grow
@@ -144,6 +145,7 @@ def load_query_data(
     freeze_batchnorm_decoder: bool = False,
     freeze_classifier: bool = True,
     transfer_batch: bool = True,
+    **absent: Any,
 ) -> Any:
     """A model of new data on top of a trained reference, whose cells are not needed.
 
@@ -180,6 +182,8 @@ def load_query_data(
         The classifier of labels stays, where there is one.
     transfer_batch
         Whether the query may have batches that the reference does not know.
+    **absent
+        Options of scvi-tools without a use here, which may be None.
 
     Returns
     -------
@@ -190,7 +194,7 @@ def load_query_data(
     KeyError
         If a column that the reference reads is not there.
     TypeError
-        If ``adata`` or ``reference_model`` is something else.
+        If ``adata`` or ``reference_model`` is something else, or an option does not exist.
     ValueError
         If the reference is of another class, genes are missing, or the query does not fit.
 
@@ -208,6 +212,7 @@ def load_query_data(
     >>> mapped.summary_stats["n_batch"], mapped.get_latent_representation().shape
     (3, (100, 10))
     """
+    without_absent("load_query_data()", absent, ABSENT, list(signature(load_query_data).parameters)[1:-1])
     saved = _reference(reference_model)
     if saved.class_name != cls.__name__:
         raise ValueError(
