@@ -322,7 +322,9 @@ def test_proteins(with_proteins, tmp_path):
     draws = model.get_protein_foreground_probability(
         protein_list=["CD3"], use_z_mean=False, n_samples=2, return_mean=False
     )
-    assert draws.shape == (2, 240, 1)
+    assert draws.shape == (240, 1, 2)
+    with pytest.warns(UserWarning, match="n_samples=2 changes nothing"):  # as notebooks written for TOTALVI ask
+        np.testing.assert_array_equal(model.get_protein_foreground_probability(n_samples=2), p_np)
     of_protein = model.get_latent_representation(modality="protein")
     assert np.isnan(of_protein[:40]).all() and np.isfinite(of_protein[40:]).all()
     errors = model.get_reconstruction_error(return_mean=False)

@@ -16,7 +16,7 @@ from torch import Tensor
 from scvi_lite.analysis.expression import expected, mean_over, minibatches
 from scvi_lite.analysis.inputs import draw, gene_positions, minibatch_size, positions_of, to_numpy, whole_number
 from scvi_lite.analysis.latent import positions
-from scvi_lite.errors import StateError, unknown
+from scvi_lite.errors import StateError, unknown, warn
 from scvi_lite.nn.multivi import has
 from scvi_lite.nn.vae import Posterior
 
@@ -161,7 +161,10 @@ def _decoded(
     codes = model._batch_codes(transform_batch)
     whole_number(n_samples=n_samples)
     if n_samples > 1 and use_z_mean:
-        raise ValueError(f"n_samples={n_samples} draws are not needed of a mean: give use_z_mean=False with it.")
+        if not return_mean:
+            raise ValueError(f"n_samples={n_samples} draws are not needed of a mean: give use_z_mean=False with it.")
+        warn(f"n_samples={n_samples} changes nothing: the posterior mean is decoded. Give use_z_mean=False for draws.")
+        n_samples = 1
     adata = model._check(adata)
     rows = model._rows(adata, indices)
     if n_samples_overall is not None:
@@ -233,7 +236,7 @@ def get_protein_foreground_probability(
     Returns
     -------
     pandas.DataFrame or numpy.ndarray
-        float32: (n, p); (s, n, p) with several samples that are not averaged.
+        float32: (n, p); (n, p, s) with several samples that are not averaged, as of TOTALVI.
 
     Raises
     ------
@@ -254,7 +257,8 @@ def get_protein_foreground_probability(
         return p_np if proteins is None else p_np[..., torch.from_numpy(proteins).to(p_np.device)]
 
     names = model.protein_names if proteins is None else [model.protein_names[i] for i in proteins]
-    return _decoded(
+    value = _decoded(
         model, probability, names, adata, indices, None, transform_batch, use_z_mean, n_samples, batch_size,
         return_mean, bool(return_numpy), silent,
     )  # fmt: skip
+    return np.moveaxis(value, 0, -1) if value.ndim == 3 else value
