@@ -222,3 +222,19 @@ def test_the_usual_course_of_a_notebook(tmp_path, kept_settings):
     assert {"lfc_mean", "proba_de", "is_de_fdr_0.05"} <= set(changes.columns)
     assert set(de.index) == set(adata.var_names)
     np.testing.assert_array_equal(loaded.get_latent_representation(), adata.obsm["X_scVI"])
+
+
+@pytest.mark.parametrize("name", ["PEAKVI", "MULTIVI", "TOTALVI"])
+def test_constructors_take_spelt_out_defaults_and_name_the_nearest_option(name):
+    adata = scvi.data.synthetic_iid(batch_size=5, n_genes=10, n_proteins=3, n_regions=0)
+    model_class = getattr(scvi.model, name)
+    model_class.setup_anndata(
+        adata, **({"protein_expression_obsm_key": "protein_expression"} if name == "TOTALVI" else {})
+    )
+    options = {"n_genes": 5, "n_regions": 5} if name == "MULTIVI" else {}
+    model = model_class(adata, registry=None, extra_encoder_kwargs={}, **options)
+    assert "extra_encoder_kwargs" not in repr(model)
+    with pytest.raises(TypeError, match="layers are chosen by n_hidden"):
+        model_class(adata, extra_encoder_kwargs={"bias": False}, **options)
+    with pytest.raises(TypeError, match="Did you mean 'n_latent'"):
+        model_class(adata, n_latnt=3, **options)

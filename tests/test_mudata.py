@@ -149,6 +149,10 @@ def test_columns_come_from_where_the_user_says():
     del mdata.obs["batch"]
     with pytest.raises(KeyError, match=r"not a column of mdata.obs.*say modalities=\{'batch_key': 'rna'\}"):
         setup(mdata)
+    mdata.obs["batch"] = mdata["rna"].obs.pop("batch")
+    with pytest.raises(KeyError, match=r"There is mdata.obs\['batch'\]: leave 'batch_key' out of modalities"):
+        setup(mdata, batch_modality="rna")
+    mdata["rna"].obs["batch"] = mdata.obs.pop("batch")
     field = Categorical("batch_n", "batch_key", "batch", modality="rna")
     np.testing.assert_array_equal(field.read(mdata, field.register(mdata)), [0, 1, 0, 1, 1])
     field = Continuous("size_factor_n", "size_factor_key", "depth", modality="rna")

@@ -35,8 +35,12 @@ def obs_column(adata: Data, argument: str, key: str, modality: str | None = None
 
 
 def _elsewhere(adata: Data, argument: str, key: Any) -> str:
-    """Which modality has the column."""
-    found = [modality for modality, part in adata.mod.items() if key in part.obs] if is_mudata(adata) else []
+    """Where else in a MuData there is such a column."""
+    if not is_mudata(adata):
+        return ""
+    if key in adata.obs:
+        return f" There is mdata.obs[{key!r}]: leave {argument!r} out of modalities."
+    found = [modality for modality, part in adata.mod.items() if key in part.obs]
     if not found:
         return ""
     source = f"mdata[{found[0]!r}].obs[{key!r}]"

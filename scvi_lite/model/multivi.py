@@ -18,9 +18,9 @@ from scvi_lite.data.modalities import read_modalities
 from scvi_lite.data.multiome import GENES, genes_of
 from scvi_lite.data.proteins import Proteins
 from scvi_lite.data.registry import Registry
-from scvi_lite.errors import as_options, listing
+from scvi_lite.errors import as_options, listing, without_absent
 from scvi_lite.model import query
-from scvi_lite.model.base import Model
+from scvi_lite.model.base import ABSENT, Model
 from scvi_lite.nn.accessibility import default_sizes
 from scvi_lite.nn.classifier import Adversary
 from scvi_lite.nn.configure import configure
@@ -77,6 +77,8 @@ class MULTIVI(Model):
         As notebooks of scvi-tools say it. Here it changes nothing: what each cell has is read from its data.
     protein_dispersion
         ``"protein"``, ``"protein-batch"`` or ``"protein-label"``, where there are proteins.
+    **absent
+        Options of scvi-tools without a use here, which may be None.
 
     Raises
     ------
@@ -143,6 +145,7 @@ class MULTIVI(Model):
         encode_covariates: bool = False,
         fully_paired: bool = False,
         protein_dispersion: str = "protein",
+        **absent: Any,
     ):
         given = dict(
             n_genes=n_genes,
@@ -165,7 +168,7 @@ class MULTIVI(Model):
             fully_paired=fully_paired,
             protein_dispersion=protein_dispersion,
         )
-        super().__init__(adata, given)
+        super().__init__(adata, given | without_absent("MULTIVI", absent, ABSENT, given))
 
     def _build(self, adata: Data, registry: Registry, arguments: dict[str, Any]) -> None:
         if "peaks" not in registry.fields:

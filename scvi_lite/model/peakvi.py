@@ -13,9 +13,9 @@ from torch.nn.functional import leaky_relu
 from scvi_lite.analysis import abundance, accessibility, latent, likelihood
 from scvi_lite.data.batch import Batch
 from scvi_lite.data.fields import Categorical, Categoricals, Continuouses, Matrix, check_keys
-from scvi_lite.errors import as_options, unknown
+from scvi_lite.errors import as_options, unknown, without_absent
 from scvi_lite.model import query
-from scvi_lite.model.base import Model
+from scvi_lite.model.base import ABSENT, Model
 from scvi_lite.nn.accessibility import Accessibility, Head, default_sizes
 from scvi_lite.nn.configure import configure
 from scvi_lite.nn.layers import Encoder
@@ -146,6 +146,8 @@ class PEAKVI(Model):
         Covariates enter each hidden layer, not only the first.
     encode_covariates
         Covariates enter the encoder too.
+    **absent
+        Options of scvi-tools without a use here, which may be None.
 
     Notes
     -----
@@ -205,6 +207,7 @@ class PEAKVI(Model):
         latent_distribution: str = "normal",
         deeply_inject_covariates: bool = False,
         encode_covariates: bool = False,
+        **absent: Any,
     ):
         given = dict(
             n_hidden=n_hidden,
@@ -220,7 +223,7 @@ class PEAKVI(Model):
             deeply_inject_covariates=deeply_inject_covariates,
             encode_covariates=encode_covariates,
         )
-        super().__init__(adata, given)
+        super().__init__(adata, given | without_absent("PEAKVI", absent, ABSENT, given))
 
     def _make_module(self, arguments: dict[str, Any]) -> PEAKVIModule:
         options = dict(arguments)

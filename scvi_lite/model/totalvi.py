@@ -13,9 +13,9 @@ from scvi_lite.analysis import abundance, importance, joint, latent, likelihood,
 from scvi_lite.data.fields import Categorical, Categoricals, Continuous, Continuouses, Field, Matrix, check_keys
 from scvi_lite.data.modalities import read_modalities
 from scvi_lite.data.proteins import Proteins
-from scvi_lite.errors import as_options, check_options
+from scvi_lite.errors import as_options, without_absent
 from scvi_lite.model import query
-from scvi_lite.model.base import Model
+from scvi_lite.model.base import ABSENT, Model
 from scvi_lite.nn.classifier import Adversary
 from scvi_lite.nn.configure import configure, library_prior
 from scvi_lite.nn.protein import background_prior
@@ -159,7 +159,6 @@ class TOTALVI(Model):
         override_missing_proteins: bool = False,
         **network_options: Any,
     ):
-        check_options("TOTALVI", network_options, NETWORK)
         given = dict(
             n_latent=n_latent,
             gene_dispersion=gene_dispersion,
@@ -169,7 +168,7 @@ class TOTALVI(Model):
             empirical_protein_background_prior=empirical_protein_background_prior,
             override_missing_proteins=override_missing_proteins,
         )
-        super().__init__(adata, given | network_options)
+        super().__init__(adata, given | without_absent("TOTALVI", network_options, ABSENT, (*given, *NETWORK)))
 
     def _make_module(self, arguments: dict[str, Any]) -> TOTALVIModule:
         options = dict(arguments)
