@@ -42,14 +42,16 @@ def nearest(name: object, options: Iterable[object]) -> str | None:
     'zinb'
     >>> nearest("csr", ["csc_matrix", "csr_matrix"])
     'csr_matrix'
+    >>> nearest("n_layer", ["n_latent", "n_layers_encoder"])
+    'n_layers_encoder'
     >>> nearest("donor", ["batch", "label"]) is None
     True
     """
     by_lower_case = {str(option).lower(): str(option) for option in options}
     given = str(name).lower()
-    found = get_close_matches(given, by_lower_case, n=1) or [
-        option for option in by_lower_case if len(given) > 1 and option.startswith(given)
-    ]
+    begun = sorted((option for option in by_lower_case if len(given) > 1 and option.startswith(given)), key=len)
+    close = get_close_matches(given, by_lower_case, n=1)
+    found = begun + close if len(given) > 3 else close + begun
     return by_lower_case[found[0]] if found else None
 
 
