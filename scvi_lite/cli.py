@@ -90,6 +90,8 @@ def train(
     model: Annotated[str, typer.Option(help="Model class.")] = "SCVI",
     batch_key: Annotated[str | None, typer.Option(help="Column of obs with the batch.")] = None,
     labels_key: Annotated[str | None, typer.Option(help="Column of obs with the cell type.")] = None,
+    unlabeled_category: Annotated[str | None, typer.Option(help="SCANVI: the label of cells without one.")] = None,
+    proteins: Annotated[str | None, typer.Option(help="TOTALVI: key of obsm with the proteins.")] = None,
     layer: Annotated[str | None, typer.Option(help="Layer with the counts; X if not given.")] = None,
     categorical_covariate: Annotated[
         list[str] | None, typer.Option(help="Column of obs to correct for; may be repeated.")
@@ -97,11 +99,15 @@ def train(
     continuous_covariate: Annotated[
         list[str] | None, typer.Option(help="Column of obs to correct for; may be repeated.")
     ] = None,
-    n_latent: Annotated[int, typer.Option(min=1, help="Dimensions of the latent space.")] = 10,
+    n_latent: Annotated[
+        int | None, typer.Option(min=1, show_default="by model", help="Dimensions of the latent space.")
+    ] = None,
     max_epochs: Annotated[
         int | None, typer.Option(min=1, show_default="by number of cells", help="Passes over the data.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Cells in a minibatch.")] = 128,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, show_default="by model", help="Cells in a minibatch.")
+    ] = None,
     early_stopping: Annotated[bool, typer.Option("--early-stopping", help="Stop when validation is at rest.")] = False,
     accelerator: Annotated[str, typer.Option(help="cpu, gpu, mps, auto, ...")] = "auto",
     devices: Annotated[str, typer.Option(help="How many devices, or which, as Lightning reads it.")] = "auto",
@@ -121,14 +127,15 @@ def train(
         trained = set_up(
             adata, model, n_latent, seed,
             layer=layer, batch_key=batch_key, labels_key=labels_key,
+            unlabeled_category=unlabeled_category, protein_expression_obsm_key=proteins,
             categorical_covariate_keys=categorical_covariate or None,
             continuous_covariate_keys=continuous_covariate or None,
         )  # fmt: skip
         interrupted = fit(
             trained,
             max_epochs=max_epochs,
-            batch_size=batch_size,
-            early_stopping=early_stopping,
+            **({} if batch_size is None else {"batch_size": batch_size}),
+            **({"early_stopping": True} if early_stopping else {}),
             accelerator=accelerator,
             devices=devices,
             strategy=strategy,
@@ -184,12 +191,22 @@ def demo(
         exit_if(run(out, max_epochs, seed))
 
 
+FROM_ONE_FILE = ("SCVI", "SCANVI", "LinearSCVI", "CondSCVI", "PEAKVI", "TOTALVI")
+FLAGS = {
+    "protein_expression_obsm_key": "--proteins",
+    "categorical_covariate_keys": "--categorical-covariate",
+    "continuous_covariate_keys": "--continuous-covariate",
+}
+
+
 def check_model_name(name: str) -> None:
-    """Refuse the name of a model that there is not."""
+    """Refuse the name of a model that there is not, or that needs more than a file of counts."""
     from scvi_lite import MODELS
 
-    if name not in MODELS:
-        raise WrongCall(unknown("--model", name, MODELS, "a model", "Models"))
+    if name not in FROM_ONE_FILE:
+        known = name in MODELS
+        hint = f" {name} is made in Python: it needs more than one file of counts." if known else ""
+        raise WrongCall(unknown("--model", name, FROM_ONE_FILE, "a model of this command", "Models") + hint)
 
 
 def check_out(out: Path, overwrite: bool) -> None:
@@ -226,14 +243,31 @@ def read_counts(path: Path) -> Any:
     return anndata.read_h5ad(path)
 
 
-def set_up(adata: Any, model_name: str, n_latent: int, seed: int, **setup: Any) -> Any:
-    """Make an untrained model of the data."""
+def set_up(adata: Any, model_name: str, n_latent: int | None, seed: int, **setup: Any) -> Any:
+    """Make an untrained model of the data.
+
+    Raises
+    ------
+    WrongCall
+        If an option is missing that the model needs, or given that it does not have.
+    """
+    import inspect
+
     import scvi_lite
 
     scvi_lite.settings.seed = seed
     model_class = getattr(scvi_lite.model, model_name)
-    model_class.setup_anndata(adata, **{key: value for key, value in setup.items() if value is not None})
-    return model_class(adata, n_latent=n_latent)
+    given = {key: value for key, value in setup.items() if value is not None}
+    _, *parameters = inspect.signature(model_class.setup_anndata).parameters.values()
+    needed = [p.name for p in parameters if p.default is inspect.Parameter.empty]
+    for name in [*given, *needed]:
+        flag = FLAGS.get(name, "--" + name.replace("_", "-"))
+        if name not in given:
+            raise WrongCall(f"{model_name} needs {flag}.")
+        if name not in [p.name for p in parameters]:
+            raise WrongCall(f"{model_name} has no use for {flag}.")
+    model_class.setup_anndata(adata, **given)
+    return model_class(adata) if n_latent is None else model_class(adata, n_latent=n_latent)
 
 
 def fit(model: Any, **arguments: Any) -> bool:

@@ -15,8 +15,8 @@ from test_ddp import run_on_two_ranks
 from test_golden import SIGNED, answers, recording
 
 import scvi_lite
-from scvi_lite.data.labels import SupervisedSampler, Supervision
 from scvi_lite.data.sampler import TrainingSampler
+from scvi_lite.data.supervision import SupervisedSampler, Supervision
 from scvi_lite.model import SCANVI, SCVI
 
 CASES = sorted((SHARED / "golden").glob("scanvi_*"))

@@ -13,10 +13,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from scvi_lite.data.batch import Batch
 from scvi_lite.data.disk import LazyStore
-from scvi_lite.data.labels import SupervisedSampler, Supervision
 from scvi_lite.data.registry import Registry
 from scvi_lite.data.sampler import SequentialSampler, TrainingSampler, shard
 from scvi_lite.data.store import CellStore
+from scvi_lite.data.supervision import SupervisedSampler, Supervision
 from scvi_lite.errors import unknown
 
 SHUFFLES = ("shard", "all")

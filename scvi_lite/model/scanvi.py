@@ -22,7 +22,8 @@ from scvi_lite.analysis import (
 from scvi_lite.data import registry as registries
 from scvi_lite.data.fields import Categorical, Categoricals, Continuous, Continuouses, Field, Matrix, check_keys
 from scvi_lite.data.genes import match_genes
-from scvi_lite.data.labels import Labels, Supervision
+from scvi_lite.data.labels import Labels
+from scvi_lite.data.supervision import Supervision
 from scvi_lite.errors import StateError, warn, without_absent
 from scvi_lite.model import query
 from scvi_lite.model.base import Model

@@ -25,7 +25,7 @@ from scvi_lite.train.strategies import workers_needed
 from scvi_lite.train.task import Task, TrainingDivergedError
 
 if TYPE_CHECKING:
-    from scvi_lite.data.labels import Supervision
+    from scvi_lite.data.supervision import Supervision
     from scvi_lite.model.base import Model
     from scvi_lite.nn.classifier import Adversary
 
