@@ -12,13 +12,14 @@ from scvi_lite.data.fields import Categorical, Categoricals, Continuous, Continu
 from scvi_lite.data.labels import Labels
 from scvi_lite.data.modalities import check_mudata, is_mudata, part_of, place_of
 from scvi_lite.data.proteins import Proteins
-from scvi_lite.data.rows import Rows
 from scvi_lite.errors import StateError, UnknownKeyError, listing, unknown
 
 if TYPE_CHECKING:
     import numpy as np
     from anndata import AnnData
     from mudata import MuData
+
+    from scvi_lite.data.rows import Rows
 
     Data: TypeAlias = AnnData | MuData
 
@@ -153,6 +154,8 @@ class Registry:
 
     def rows(self, adata: Data, field: str = "x") -> Rows:
         """The rows of a matrix of counts, one for each cell."""
+        from scvi_lite.data.rows import Rows  # needs torch, which a look at a setup does not
+
         return Rows(self.read(adata, field), self.place(adata, field))
 
     def var_names(self, adata: Data) -> list[str] | dict[str, list[str]]:
