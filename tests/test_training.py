@@ -458,7 +458,7 @@ def test_needless_options_are_told(model):
         model.train(
             max_epochs=1,
             load_sparse_tensor=True,
-            simple_progress_bar=False,
+            simple_progress_bar=True,
             datasplitter_kwargs={"num_workers": 4, "pin_memory": True},
             **SILENT,
         )
