@@ -326,9 +326,8 @@ def test_recorded_models_are_plain_data(case):
     saved = read_scvi_tools(case.parent)
     assert saved.history.keys() == attributes["history_"].keys() and np.isfinite(saved.history["train_loss"]).all(None)
     given = json.loads((case.parent / "case.json").read_text())
-    assert (
-        given["args"].items() <= saved.arguments.items()
-        and given["setup"].items() <= saved.registry["setup_args"].items()
-    )
+    if "rna_model" not in given["args"]:  # else they are of from_rna_model, not of the constructor
+        assert given["args"].items() <= saved.arguments.items()
+    assert given["setup"].items() <= saved.registry["setup_args"].items()
     write_folder("ours", saved)
     assert_same(saved, read_folder("ours"))

@@ -323,7 +323,7 @@ def test_fast_dev_run(model):
 
 
 def test_default_number_of_epochs(adata, monkeypatch):
-    monkeypatch.setattr("scvi_lite.model.base.heuristic_epochs", lambda n_cells: n_cells // 50)
+    monkeypatch.setattr("scvi_lite.model.training.heuristic_epochs", lambda n_cells: n_cells // 50)
     model = SCVI(adata, n_hidden=4)
     model.train(**SILENT)
     assert len(model.history["elbo_train"]) == 2
