@@ -19,7 +19,7 @@ from scvi_lite.analysis.inputs import draw, to_numpy, whole_number
 from scvi_lite.data.disk import LazyStore
 from scvi_lite.data.fields import Categorical, Categoricals, Continuous, Continuouses, Field, Matrix
 from scvi_lite.data.labels import Labels
-from scvi_lite.errors import StateError, check_options, listing
+from scvi_lite.errors import StateError, as_options, check_options, listing
 from scvi_lite.model.base import Model
 from scvi_lite.nn.conditional import CondConfig, CondSCVIModule
 from scvi_lite.nn.configure import configure
@@ -185,10 +185,7 @@ class CondSCVI(Model):
         TypeError, ValueError
             If an option does not exist, or a value is out of range.
         """
-        from scvi_lite.model.training import fit_model
-
-        fit_model(
-            self,
+        self._fit(
             max_epochs=max_epochs,
             accelerator=accelerator,
             devices=devices,
@@ -197,7 +194,7 @@ class CondSCVI(Model):
             shuffle_set_split=shuffle_set_split,
             batch_size=batch_size,
             datasplitter_kwargs=datasplitter_kwargs,
-            plan_kwargs={"lr": lr, **(plan_kwargs or {})},
+            plan_kwargs={"lr": lr} | as_options("plan_kwargs", plan_kwargs),
             **trainer_kwargs,
         )
 

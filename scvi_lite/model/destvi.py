@@ -18,7 +18,7 @@ from scvi_lite.analysis.inputs import minibatch_size, to_numpy
 from scvi_lite.data.fields import Categorical, Categoricals, Continuouses, Matrix
 from scvi_lite.data.genes import match_genes
 from scvi_lite.data.registry import find, setups_of
-from scvi_lite.errors import StateError, UnknownKeyError, check_options, listing, unknown
+from scvi_lite.errors import StateError, UnknownKeyError, as_options, check_options, listing, unknown
 from scvi_lite.model.base import Model
 from scvi_lite.model.condscvi import CondSCVI
 from scvi_lite.nn.deconvolution import SpotConfig, SpotModule, Spots
@@ -283,10 +283,7 @@ class DestVI(Model):
         TypeError, ValueError
             If an option does not exist, or a value is out of range.
         """
-        from scvi_lite.model.training import fit_model
-
-        fit_model(
-            self,
+        self._fit(
             max_epochs=max_epochs,
             accelerator=accelerator,
             devices=devices,
@@ -295,7 +292,7 @@ class DestVI(Model):
             shuffle_set_split=shuffle_set_split,
             batch_size=batch_size,
             datasplitter_kwargs=datasplitter_kwargs,
-            plan_kwargs={"lr": lr, "n_epochs_kl_warmup": n_epochs_kl_warmup, **(plan_kwargs or {})},
+            plan_kwargs={"lr": lr, "n_epochs_kl_warmup": n_epochs_kl_warmup} | as_options("plan_kwargs", plan_kwargs),
             **trainer_kwargs,
         )
 
