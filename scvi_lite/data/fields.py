@@ -231,7 +231,7 @@ class Embedding(Field):
 
 
 def columns_of_obs(given: Mapping[str, Any], where: Mapping[str, str | None] | None = None) -> list[Field]:
-    """The columns of ``obs`` that most models read, as the arguments of a setup name them.
+    """The columns of ``obs`` that models read, as the arguments of a setup name them.
 
     Parameters
     ----------
@@ -251,6 +251,8 @@ def columns_of_obs(given: Mapping[str, Any], where: Mapping[str, str | None] | N
         column(Categoricals, "cats_nc", "categorical_covariate_keys"),
         column(Continuouses, "conts_nd", "continuous_covariate_keys"),
     ]
+    if given.get("panel_key") is not None:
+        columns.append(column(Categorical, "panel_n", "panel_key"))
     if given.get("size_factor_key") is not None:
         columns.append(column(Continuous, "size_factor_n", "size_factor_key", positive=True))
     return columns

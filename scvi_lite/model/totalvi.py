@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from scvi_lite.analysis import abundance, importance, joint, latent, likelihood, minify, proteins
-from scvi_lite.data.fields import Categorical, Categoricals, Continuous, Continuouses, Field, Matrix, check_keys
+from scvi_lite.data.fields import Categorical, Field, Matrix, check_keys, columns_of_obs
 from scvi_lite.data.modalities import read_modalities
 from scvi_lite.data.proteins import Proteins
 from scvi_lite.errors import as_options, without_absent
@@ -325,7 +325,7 @@ class TOTALVI(Model):
             continuous_covariate_keys=check_keys("continuous_covariate_keys", continuous_covariate_keys),
             labels_key=labels_key,
         )
-        of_obs = _columns(given, {})
+        of_obs = columns_of_obs(given)
         counted = Proteins("proteins_np", protein_expression_obsm_key, protein_names_uns_key, panels=_panels(of_obs))
         cls._register(adata, [Matrix("x", layer), counted, *of_obs], given)
 
@@ -389,29 +389,10 @@ class TOTALVI(Model):
             labels_key=labels_key,
         )
         where = read_modalities(mdata, modalities, given, needed=("rna_layer", "protein_layer"))
-        of_obs = _columns(given, where)
+        of_obs = columns_of_obs(given, where)
         genes = Matrix("x", rna_layer, modality=where["rna_layer"])
         counted = Proteins("proteins_np", layer=protein_layer, modality=where["protein_layer"], panels=_panels(of_obs))
         cls._register(mdata, [genes, counted, *of_obs], given | {"modalities": where})
-
-
-def _columns(given: Mapping[str, Any], where: Mapping[str, str | None]) -> list[Field]:
-    """The columns of ``obs`` that the model reads, each perhaps of a modality."""
-
-    def column(kind: Any, name: str, argument: str, **options: Any) -> Field:
-        return kind(name, argument, given[argument], modality=where.get(argument), **options)
-
-    columns = [
-        column(Categorical, "batch_n", "batch_key"),
-        column(Categorical, "label_n", "labels_key"),
-        column(Categoricals, "cats_nc", "categorical_covariate_keys"),
-        column(Continuouses, "conts_nd", "continuous_covariate_keys"),
-    ]
-    if given["panel_key"] is not None:
-        columns.append(column(Categorical, "panel_n", "panel_key"))
-    if given["size_factor_key"] is not None:
-        columns.append(column(Continuous, "size_factor_n", "size_factor_key", positive=True))
-    return columns
 
 
 def _panels(columns: Sequence[Field]) -> Categorical:
