@@ -13,54 +13,21 @@ from the other batch. Each side runs in a process of its own, in turn, for each 
 
 from __future__ import annotations
 
-import argparse
 import importlib
-import json
 import logging
-import os
-import subprocess
-import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from two_sides import main
 
 OUT = Path(__file__).parent / "results" / "missing_protein.json"
+SIZES = {"cells": 3000, "genes": 1000, "epochs": 100}
 SHARE_HIDDEN, N_SAMPLES, KEY = 0.3, 50, "protein_expression"
 
 
-def main() -> None:
-    """Run both sides on each seed, report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, help="pbmc10k_cite.h5ad")
-    parser.add_argument("--peer", help="a Python interpreter that has scvi-tools; without it, only ours is run")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--cells", type=int, default=3000)
-    parser.add_argument("--genes", type=int, default=1000)
-    parser.add_argument("--epochs", type=int, default=100)
-    parser.add_argument("--side", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.side:
-        print(json.dumps(impute(args.side, args.data, args.seeds[0], args.cells, args.genes, args.epochs)))
-        return
-    sides = {"scvi_lite": sys.executable} | ({"scvi": args.peer} if args.peer else {})
-    sizes = ["--cells", str(args.cells), "--genes", str(args.genes), "--epochs", str(args.epochs)]
-    rows: list[dict[str, Any]] = []
-    for seed in args.seeds:
-        for package, python in sides.items():
-            command = [python, __file__, str(args.data), "--side", package, "--seeds", str(seed), *sizes]
-            done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-            if done.returncode:
-                raise SystemExit(done.stderr)
-            rows.append({"package": package, "seed": seed} | json.loads(done.stdout.splitlines()[-1]))
-            print(rows[-1], flush=True)
-            recipe = {"cells": args.cells, "genes": args.genes, "epochs": args.epochs, "hidden": SHARE_HIDDEN}
-            OUT.write_text(json.dumps({"recipe": recipe, "rows": rows}, indent=1) + "\n")
-
-
-def impute(package: str, data: Path, seed: int, n_cells: int, n_genes: int, n_epochs: int) -> dict[str, float]:
+def impute(package: str, data: Path, seed: int, cells: int, genes: int, epochs: int) -> dict[str, float]:
     """One side, one seed."""
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
@@ -71,8 +38,8 @@ def impute(package: str, data: Path, seed: int, n_cells: int, n_genes: int, n_ep
     scvi.settings.seed = seed
     rng = np.random.default_rng(seed)
     adata = anndata.read_h5ad(data)
-    most = np.argsort(-np.asarray(adata.X.mean(0)).ravel())[:n_genes]
-    adata = adata[rng.permutation(adata.n_obs)[:n_cells], np.sort(most)].copy()
+    most = np.argsort(-np.asarray(adata.X.mean(0)).ravel())[:genes]
+    adata = adata[rng.permutation(adata.n_obs)[:cells], np.sort(most)].copy()
     hidden_n = rng.random(adata.n_obs) < SHARE_HIDDEN
     truth_np = np.asarray(adata.obsm[KEY], dtype=np.float64)[hidden_n]
     adata.obs["batch"] = pd.Categorical(np.where(hidden_n, "rna_only", "cite"))
@@ -80,7 +47,7 @@ def impute(package: str, data: Path, seed: int, n_cells: int, n_genes: int, n_ep
     model_of.TOTALVI.setup_anndata(adata, protein_expression_obsm_key=KEY, batch_key="batch")
     model = model_of.TOTALVI(adata)
     start = time.perf_counter()
-    model.train(n_epochs, accelerator="cpu", enable_progress_bar=False, early_stopping=False)
+    model.train(epochs, accelerator="cpu", enable_progress_bar=False, early_stopping=False)
     seconds, rows = time.perf_counter() - start, np.flatnonzero(hidden_n)
     options = {"transform_batch": "cite", "include_protein_background": True, "n_samples": N_SAMPLES}
     _, imputed_np = model.get_normalized_expression(indices=rows, return_numpy=True, **options)
@@ -109,4 +76,4 @@ def score(truth_np: np.ndarray, imputed_np: np.ndarray, drawn_nps: np.ndarray) -
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, "pbmc10k_cite.h5ad", SIZES, impute, OUT)

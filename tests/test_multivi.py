@@ -1,6 +1,7 @@
 """MULTIVI: the peer's recorded answers, cells that lack a modality, imputation, joined data, and bad input."""
 
 import warnings
+from pathlib import Path
 
 import anndata
 import numpy as np
@@ -94,6 +95,38 @@ def test_recorded_answers(tmp_path):
             np.testing.assert_allclose(found, outputs[name], rtol=1e-4, atol=1e-7)
 
 
+def test_recorded_answers_with_proteins():
+    """A folder of scvi-tools 1.5.0, and what its network says of cells of which each lacks a modality or none."""
+    folder = Path(__file__).parent / "data" / "scvi_tools_multivi_proteins"
+    with np.load(folder / "outputs.npz") as arrays:
+        recorded = dict(arrays)
+    parts = {}
+    for name, prefix in (("rna", "gene"), ("atac", "region"), ("protein", "protein")):
+        parts[name] = anndata.AnnData(recorded.pop(name).astype(np.float32))
+        parts[name].var_names = [f"{prefix}_{i}" for i in range(parts[name].n_vars)]
+    parts["rna"].obs["batch"] = ["a", "b"] * 12
+    model = MULTIVI.load(folder, MuData(parts), accelerator="cpu")
+    (batch,) = model._minibatches()
+    with torch.inference_mode():
+        q = model.module.encode(batch)
+        proteins = model.module.decode_proteins(q.z_loc_nk, batch)
+        found = {
+            "z_joint": q.z_loc_nk,
+            "z_protein": model.module.encode_each(batch)[2].z_loc_nk,
+            "variance": q.z_scale_nk**2,
+            "mu": model.module.decode(q.z_loc_nk, model.module.library(batch, q), batch).mu_ng,
+            "background": proteins.back_loc_np,
+            "background_scale": proteins.back_scale_np,
+            "ratio": proteins.ratio_np,
+            "theta": proteins.log_theta.exp(),
+            "foreground": model.get_protein_foreground_probability(),
+            "accessibility": model.get_normalized_accessibility(),
+        }
+    assert found.keys() == recorded.keys()
+    for name, expected in recorded.items():
+        np.testing.assert_allclose(torch.as_tensor(np.asarray(found[name])), expected, 1e-4, 1e-5, err_msg=name)
+
+
 def test_imputes_what_a_cell_lacks(trained):
     """From chromatin the genes of its type, and from genes its regions."""
     model, _, _, kind = trained
@@ -166,8 +199,8 @@ def test_answers(trained):
     )
     assert model.history["modality_penalty_train"].iloc[-1, 0] >= 0
     assert model.summary_stats["n_cells"] == 240
-    with pytest.raises(ValueError, match="use_z_mean=False"):
-        model.get_normalized_expression(n_samples=3)
+    with pytest.warns(UserWarning, match="Give use_z_mean=False for draws"):
+        assert model.get_normalized_expression(n_samples=3).shape == (240, 20)
 
 
 def test_joined_data_say_the_same_as_a_mudata():

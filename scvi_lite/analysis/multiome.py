@@ -161,8 +161,6 @@ def _decoded(
     codes = model._batch_codes(transform_batch)
     whole_number(n_samples=n_samples)
     if n_samples > 1 and use_z_mean:
-        if not return_mean:
-            raise ValueError(f"n_samples={n_samples} draws are not needed of a mean: give use_z_mean=False with it.")
         warn(f"n_samples={n_samples} changes nothing: the posterior mean is decoded. Give use_z_mean=False for draws.")
         n_samples = 1
     adata = model._check(adata)

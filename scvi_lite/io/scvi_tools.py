@@ -135,18 +135,24 @@ def _registry(class_name: str, setup_args: dict[str, Any], fields: dict[str, Any
     categorical = _state(fields, "extra_categorical_covs").get("mappings", {})
     ours["cats_nc"] = {
         "kind": "categoricals",
-        "columns": [_column("categorical_covariate_keys", key, values) for key, values in categorical.items()],
+        "columns": [
+            _column("categorical_covariate_keys", key, values) | _modality(fields, "extra_categorical_covs")
+            for key, values in categorical.items()
+        ],
     }
     continuous = _state(fields, "extra_continuous_covs").get("columns", ())
     ours["conts_nd"] = {
         "kind": "continuouses",
         "columns": [
-            {"argument": "continuous_covariate_keys", "key": str(key), "positive": False} for key in continuous
+            {"argument": "continuous_covariate_keys", "key": str(key), "positive": False}
+            | _modality(fields, "extra_continuous_covs")
+            for key in continuous
         ],
     }
     # CondSCVI of scvi-tools takes a size factor, and models total counts.
     if (key := setup_args.get("size_factor_key")) and class_name != "CondSCVI":
         ours["size_factor_n"] = {"kind": "continuous", "argument": "size_factor_key", "key": key, "positive": True}
+        ours["size_factor_n"] |= _modality(fields, "size_factor")
     if _state(fields, "proteins"):
         n_panels = len(ours.get("panel_n", ours["batch_n"])["categories"])
         ours["proteins_np"] = {"kind": "proteins", **_proteins(fields, setup_args, n_panels)}

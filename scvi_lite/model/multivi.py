@@ -70,7 +70,8 @@ class MULTIVI(Model):
     latent_distribution
         ``"normal"``, or ``"ln"`` for the logistic normal.
     deeply_inject_covariates
-        Covariates enter each hidden layer, not only the first.
+        Covariates enter each hidden layer, not only the first. Where they enter what reads chromatin or proteins, and
+        in the decoder of proteins, they always do.
     encode_covariates
         Covariates enter the encoders too.
     fully_paired

@@ -76,7 +76,7 @@ class PEAKVIModule(VAE):
     def __init__(self, config: PeakConfig):
         super().__init__(config)
         c = config
-        hidden = self.make_hidden(c.n_genes, "encoder", c.n_layers, c.dropout_rate, leaky_relu)
+        hidden = self.make_hidden(c.n_genes, "encoder", c.n_layers, c.dropout_rate, leaky_relu, deeply=True)
         self.encoder = Encoder(hidden, c.n_hidden, c.n_latent, floor=0.0)
         hidden = self.make_hidden(c.n_latent, "decoder", c.n_layers_decoder, activation=leaky_relu)
         self.decoder = Head(hidden, c.n_hidden, c.n_genes)
@@ -145,7 +145,7 @@ class PEAKVI(Model):
     deeply_inject_covariates
         Covariates enter each hidden layer, not only the first.
     encode_covariates
-        Covariates enter the encoder too.
+        Covariates enter the encoder too, each layer of it.
     **absent
         Options of scvi-tools without a use here, which may be None.
 

@@ -74,7 +74,7 @@ class MULTIVIModule(VAE):
         super().__init__(config)
         c = config
         self.encoder_expression = self._encoder(c.n_genes)
-        self.encoder_accessibility = self._encoder(c.n_regions)
+        self.encoder_accessibility = self._encoder(c.n_regions, deeply=True)
         if not c.use_size_factor:
             self.library_encoder = self._head(c.n_genes, "encoder", c.n_layers, 1)
         self.depth_encoder = self._head(c.n_regions, "encoder", c.n_layers, 1)
@@ -85,7 +85,7 @@ class MULTIVIModule(VAE):
             rows = {"gene": (), "gene-batch": (c.n_batches,), "gene-label": (c.n_labels,)}[c.dispersion]
             self.log_theta = nn.Parameter(torch.randn(*rows, c.n_genes))
         if c.n_proteins:
-            self.encoder_protein = self._encoder(c.n_proteins)
+            self.encoder_protein = self._encoder(c.n_proteins, deeply=True)
             self.proteins = Proteins(self, measured_bp)
         if c.modality_weights != "equal":
             cells = (c.n_cells,) if c.modality_weights == "cell" else ()
@@ -96,9 +96,9 @@ class MULTIVIModule(VAE):
         """The weights of modalities, where each cell has its own."""
         return ("weight_logit",) if self.config.modality_weights == "cell" else ()
 
-    def _encoder(self, n_in: int) -> Encoder:
+    def _encoder(self, n_in: int, deeply: bool = False) -> Encoder:
         c = self.config
-        hidden = self.make_hidden(n_in, "encoder", c.n_layers, c.dropout_rate, leaky_relu)
+        hidden = self.make_hidden(n_in, "encoder", c.n_layers, c.dropout_rate, leaky_relu, deeply)
         return Encoder(hidden, c.n_hidden, c.n_latent, floor=0.0)
 
     def _head(self, n_in: int, side: str, n_layers: int, n_out: int) -> Head:
@@ -255,10 +255,9 @@ class Proteins(nn.Module):
 
     def __init__(self, module: MULTIVIModule, measured_bp: Tensor | None):
         super().__init__()
-        c = module.config
-        back, fore, mixing = (module.make_hidden(c.n_latent, "decoder", c.n_layers_decoder) for _ in range(3))
-        n_in = c.n_latent + module.n_dense
-        self.decoder = ProteinDecoder(back, fore, mixing, c.n_hidden, n_in, c.n_proteins, module.n_cats)
+        c, n_in = module.config, module.config.n_latent + module.n_dense
+        stacks = (module.make_hidden(c.n_latent, "decoder", c.n_layers_decoder, deeply=True) for _ in range(3))
+        self.decoder = ProteinDecoder(*stacks, c.n_hidden, n_in, c.n_proteins, module.n_cats, positive=torch.exp)
         rows = {"protein": (), "protein-batch": (c.n_batches,), "protein-label": (c.n_labels,)}[c.protein_dispersion]
         self.dispersion = c.protein_dispersion
         self.log_theta = nn.Parameter(2 * torch.rand(*rows, c.n_proteins))

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scvi_lite.distributions.counts import nb_mixture_log_prob
-from scvi_lite.nn.layers import CovariateLinear, Hidden
+from scvi_lite.nn.layers import Activation, CovariateLinear, Hidden
 from scvi_lite.nn.normal import draw_normal, kl_normal, log_normal
 
 DISPERSIONS = ("protein", "protein-batch", "protein-label")
@@ -104,6 +104,8 @@ class ProteinDecoder(nn.Module):
         Outputs.
     n_cats
         Number of categories of each categorical covariate.
+    positive
+        Makes the standard deviation of the log background of a number.
     """
 
     def __init__(
@@ -115,8 +117,10 @@ class ProteinDecoder(nn.Module):
         n_latent: int,
         n_proteins: int,
         n_cats: Sequence[int] = (),
+        positive: Activation = F.softplus,
     ):
         super().__init__()
+        self.positive = positive
 
         def head() -> SkipHead:
             return SkipHead(n_hidden, n_latent, n_proteins, n_cats)
@@ -131,7 +135,7 @@ class ProteinDecoder(nn.Module):
         inputs = z if dense_nd is None else torch.cat([z, dense_nd.expand(*z.shape[:-1], -1)], -1)
         back_h, fore_h, mixing_h = (part(inputs, codes) for part in (self.back, self.fore, self.mixing))
         loc_np = self.back_loc(back_h, inputs, codes)
-        scale_np = F.softplus(self.back_scale(back_h, inputs, codes))
+        scale_np = self.positive(self.back_scale(back_h, inputs, codes))
         rates = ProteinRates(
             back_loc_np=loc_np,
             back_scale_np=scale_np,

@@ -123,9 +123,18 @@ class VAE(Module):
             self.batch_embedding = nn.Embedding(c.n_batches, c.batch_embedding_dim)
 
     def make_hidden(
-        self, n_in: int, side: str, n_layers: int, dropout_rate: float = 0.0, activation: Activation = F.relu
+        self,
+        n_in: int,
+        side: str,
+        n_layers: int,
+        dropout_rate: float = 0.0,
+        activation: Activation = F.relu,
+        deeply: bool = False,
     ) -> Hidden:
-        """Hidden layers of an ``"encoder"`` or a ``"decoder"``, with the covariates that enter on this side."""
+        """Hidden layers of an ``"encoder"`` or a ``"decoder"``, with the covariates that enter on this side.
+
+        ``deeply``: they enter each layer, whatever the configuration says.
+        """
         c = self.config
         with_covariates = side == "decoder" or c.encode_covariates
         return Hidden(
@@ -133,7 +142,7 @@ class VAE(Module):
             c.n_hidden,
             n_layers,
             self.n_cats if with_covariates else (),
-            deeply_inject=c.deeply_inject_covariates,
+            deeply_inject=deeply or c.deeply_inject_covariates,
             batch_norm=c.use_batch_norm in (side, "both"),
             layer_norm=c.use_layer_norm in (side, "both"),
             dropout_rate=dropout_rate,

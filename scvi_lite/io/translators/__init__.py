@@ -21,5 +21,8 @@ TRANSLATORS: dict[str, Callable[[dict[str, Any], Setup], dict[str, Tensor]]] = {
     "TOTALVI": totalvi.translate,
 }
 
-#: For a model whose constructor takes other arguments there.
-ARGUMENTS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"DestVI": destvi.arguments}
+#: For a model whose constructor takes other arguments there, or means something else by them.
+ARGUMENTS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "DestVI": destvi.arguments,
+    "TOTALVI": totalvi.arguments,
+}

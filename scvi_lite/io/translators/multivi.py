@@ -8,30 +8,27 @@ from torch import Tensor
 
 from scvi_lite.io.translators.common import Rules, Setup, encoder, hidden, rename, split_one_hot
 from scvi_lite.io.translators.peakvi import head
+from scvi_lite.io.translators.totalvi import protein_decoder, split_deep, transposed
 
-PROTEINS = ("background_pro_alpha", "background_pro_log_beta", "py_r", "z_encoder_protein", "z_decoder_pro")
-ENCODERS = ("encoder_expression", "encoder_accessibility", "library_encoder", "depth_encoder")
+ENCODERS = ("encoder_expression", "library_encoder", "depth_encoder")
 DECODERS = ("decoder", "decoder_accessibility")
+DEEP_ENCODERS = ("encoder_accessibility", "encoder_protein")  # covariates enter each layer, if they enter at all
+OF_PROTEINS = ("background_pro_alpha", "background_pro_log_beta", "py_r", "z_encoder_protein", "z_decoder_pro")
+TRANSPOSED = ("log_theta", "proteins.log_theta", "proteins.background_loc", "proteins.background_log_scale")
 
 
 def translate(weights: dict[str, Any], setup: Setup) -> dict[str, Tensor]:
-    """MULTIVI: encoders and decoders of genes and of regions, size factors of both, dispersions, region factors."""
+    """MULTIVI: encoders and decoders of each modality, size factors, dispersions, region factors."""
     arguments = setup.arguments
     likelihood, by_cell = arguments.get("gene_likelihood", "zinb"), arguments.get("dispersion", "gene") == "gene-cell"
     poisson = likelihood == "poisson"
-    if len(weights["py_r"]):
-        raise ValueError(f"it has {len(weights['py_r'])} proteins, which MULTIVI has not here")
+    with_proteins = len(weights["py_r"]) > 0
     learned = arguments.get("modality_weights", "equal") != "equal"
     library: Rules = head("l_encoder_expression", "library_encoder")
-    library = [("l_encoder_expression", None)] if setup.has_size_factor else library
     rules: Rules = [
         *encoder("z_encoder_expression", "encoder_expression"),
         *encoder("z_encoder_accessibility", "encoder_accessibility"),
-        *(
-            [("l_encoder_expression", None)]
-            if setup.has_size_factor
-            else head("l_encoder_expression", "library_encoder")
-        ),
+        *([("l_encoder_expression", None)] if setup.has_size_factor else library),
         *head("l_encoder_accessibility", "depth_encoder"),
         *hidden(r"z_decoder_expression\.px_decoder", "decoder"),
         (r"z_decoder_expression\.px_scale_decoder\.0", "decoder.scale"),
@@ -41,19 +38,27 @@ def translate(weights: dict[str, Any], setup: Setup) -> dict[str, Tensor]:
         ("px_r", None if by_cell or poisson else "log_theta"),
         ("region_factors", "factor_r"),
         ("mod_weights", "weight_logit" if learned else None),
-        *((name, None) for name in (*PROTEINS, "pyro_param_store")),
+        *(proteins() if with_proteins else [(name, None) for name in OF_PROTEINS]),
+        ("pyro_param_store", None),
     ]
     state = rename(weights, rules)
-    in_encoder = setup.covariates() if arguments.get("encode_covariates", False) else []
-    covariates = {
-        **dict.fromkeys(
-            ("encoder_expression", "encoder_accessibility", "library_encoder", "depth_encoder"), in_encoder
-        ),
-        **dict.fromkeys(("decoder", "decoder_accessibility"), setup.covariates()),
-    }
+    in_decoder = setup.covariates()
+    in_encoder = in_decoder if arguments.get("encode_covariates", False) else []
+    covariates = dict.fromkeys(ENCODERS, in_encoder) | dict.fromkeys(DECODERS, in_decoder)
     state = split_one_hot(state, covariates, deeply=arguments.get("deeply_inject_covariates", False))
-    if learned:
+    state = split_one_hot(state, dict.fromkeys(DEEP_ENCODERS, in_encoder))
+    state = split_deep(state, r"proteins\..*", in_decoder)
+    if learned and not with_proteins:
         state["weight_logit"] = state["weight_logit"][..., :2].contiguous()  # the third is of proteins
-    if "log_theta" in state and state["log_theta"].ndim == 2:
-        state["log_theta"] = state["log_theta"].T.contiguous()
-    return state
+    return transposed(state, TRANSPOSED)
+
+
+def proteins() -> Rules:
+    """Rules for what has to do with proteins."""
+    return [
+        *encoder("z_encoder_protein", "encoder_protein"),
+        *protein_decoder("z_decoder_pro", "proteins.decoder"),
+        ("py_r", "proteins.log_theta"),
+        ("background_pro_alpha", "proteins.background_loc"),
+        ("background_pro_log_beta", "proteins.background_log_scale"),
+    ]

@@ -21,8 +21,9 @@ def translate(weights: dict[str, Any], setup: Setup) -> dict[str, Tensor]:
         ("pyro_param_store", None),
     ]
     in_encoder = setup.covariates() if arguments.get("encode_covariates", False) else []
-    covariates = {"encoder": in_encoder, "depth_encoder": in_encoder, "decoder": setup.covariates()}
-    return split_one_hot(rename(weights, rules), covariates, deeply=arguments.get("deeply_inject_covariates", False))
+    state = split_one_hot(rename(weights, rules), {"encoder": in_encoder})  # which enter each of its layers
+    others = {"depth_encoder": in_encoder, "decoder": setup.covariates()}
+    return split_one_hot(state, others, deeply=arguments.get("deeply_inject_covariates", False))
 
 
 def head(theirs: str, ours: str) -> Rules:

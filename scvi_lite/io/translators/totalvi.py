@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -11,12 +12,11 @@ from scvi_lite.io.translators.common import Rules, Setup, hidden, rename, split_
 
 TRANSPOSED = ("background_loc", "background_log_scale", "log_efficiency", "log_theta", "protein_log_theta")
 PARTS = {"py_back_decoder": "back", "py_fore_decoder": "fore", "sigmoid_decoder": "mixing"}
-HEADS = {
-    "px_scale_decoder": "decoder.scale",
-    "py_back_mean_log_alpha": "protein_decoder.back_loc",
-    "py_back_mean_log_beta": "protein_decoder.back_scale",
-    "py_fore_scale_decoder": "protein_decoder.ratio",
-    "py_background_decoder": "protein_decoder.mixing_logit",
+PROTEIN_HEADS = {
+    "py_back_mean_log_alpha": "back_loc",
+    "py_back_mean_log_beta": "back_scale",
+    "py_fore_scale_decoder": "ratio",
+    "py_background_decoder": "mixing_logit",
 }
 
 
@@ -25,7 +25,7 @@ def translate(weights: dict[str, Any], setup: Setup) -> dict[str, Tensor]:
     arguments = setup.arguments
     latent_library = not (arguments.get("use_observed_lib_size", True) or setup.has_size_factor)
     zinb = arguments.get("gene_likelihood", "nb") == "zinb"
-    heads = HEADS | ({"px_dropout_decoder_gene": "decoder.dropout"} if zinb else {})
+    dropout = head(r"decoder\.px_dropout_decoder_gene", "decoder.dropout")
     rules: Rules = [
         *hidden(r"encoder\.encoder", "encoder"),
         (r"encoder\.z_mean_encoder", "encoder.loc"),
@@ -34,9 +34,9 @@ def translate(weights: dict[str, Any], setup: Setup) -> dict[str, Tensor]:
         ("library_log_means", "library_prior_loc" if latent_library else None),
         ("library_log_vars", "library_prior_var" if latent_library else None),
         *hidden(r"decoder\.px_decoder", "decoder"),
-        *(rule for theirs, ours in PARTS.items() for rule in part(theirs, ours)),
-        *((rf"decoder\.{theirs}\.fc_layers\.Layer 0\.0", f"{ours}.linear") for theirs, ours in heads.items()),
-        (r"decoder\.px_dropout_decoder_gene", None),
+        head(r"decoder\.px_scale_decoder", "decoder.scale"),
+        dropout if zinb else (r"decoder\.px_dropout_decoder_gene", None),
+        *protein_decoder("decoder", "protein_decoder"),
         ("px_r", "log_theta"),
         ("py_r", "protein_log_theta"),
         ("background_pro_alpha", "background_loc"),
@@ -48,23 +48,41 @@ def translate(weights: dict[str, Any], setup: Setup) -> dict[str, Tensor]:
     in_encoder = setup.covariates() if arguments.get("encode_covariates", True) else []
     in_decoder = setup.covariates()
     state = split_one_hot(state, {"encoder": in_encoder, "library_encoder": in_encoder, "decoder": in_decoder})
-    with_covariates = [rf"protein_decoder\.{ours}\.blocks\.\d+" for ours in PARTS.values()] + list(heads.values())
-    for name in [name for name in state if re.fullmatch(rf"({'|'.join(with_covariates)})\.linear\.weight", name)]:
-        state |= split_columns(name.removesuffix(".weight"), state[name], in_decoder)
+    state = split_deep(state, r"protein_decoder\..*|decoder\.(scale|dropout)", in_decoder)
     for name in {"library_prior_loc", "library_prior_var"} & state.keys():
         state[name] = state[name].flatten()
-    for name in TRANSPOSED:
-        if state[name].ndim == 2:
-            state[name] = state[name].T.contiguous()
+    return transposed(state, TRANSPOSED)
+
+
+def arguments(given: dict[str, Any]) -> dict[str, Any]:
+    """Its arguments; whatever the likelihood is called there, it is negative binomial if it is not zero-inflated."""
+    return given | ({} if given.get("gene_likelihood") == "zinb" else {"gene_likelihood": "nb"})
+
+
+def head(theirs: str, ours: str) -> tuple[str, str]:
+    """The rule for a linear map of hidden units, latent position and covariates."""
+    return rf"{theirs}\.fc_layers\.Layer 0\.0", f"{ours}.linear"
+
+
+def protein_decoder(theirs: str, ours: str) -> Rules:
+    """Rules for the decoder of proteins: three stacks of hidden layers, and what is read off them."""
+    rules = [head(rf"{theirs}\.{name}", f"{ours}.{own}") for name, own in PROTEIN_HEADS.items()]
+    for name, part in PARTS.items():
+        for place, layer in (("0", "linear"), ("1", "batch_norm")):
+            rules.append((rf"{theirs}\.{name}\.fc_layers\.Layer (\d+)\.{place}", rf"{ours}.{part}.blocks.\1.{layer}"))
+    return rules
+
+
+def split_deep(state: dict[str, Tensor], layers: str, covariates: list[int]) -> dict[str, Tensor]:
+    """Make tables of the one-hot columns of each linear layer whose name the pattern fits."""
+    for name in [name for name in state if re.fullmatch(rf"({layers})\.linear\.weight", name)]:
+        state = state | split_columns(name.removesuffix(".weight"), state[name], covariates)
     return state
 
 
-def part(theirs: str, ours: str) -> Rules:
-    """Rules for the hidden layers of one part of the proteins."""
-    return [
-        (rf"decoder\.{theirs}\.fc_layers\.Layer (\d+)\.0", rf"protein_decoder.{ours}.blocks.\1.linear"),
-        (rf"decoder\.{theirs}\.fc_layers\.Layer (\d+)\.1", rf"protein_decoder.{ours}.blocks.\1.batch_norm"),
-    ]
+def transposed(state: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """With a row for each category, where there it is a column."""
+    return state | {name: state[name].T.contiguous() for name in names if name in state and state[name].ndim == 2}
 
 
 def library_encoder() -> Rules:
