@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from scvi_lite.data.batch import Counts
 from scvi_lite.distributions import counts as reference
-from scvi_lite.distributions import fused, kernels
+from scvi_lite.distributions import fused, kernels, sparse
 from scvi_lite.distributions.sparse import sparse_linear
 
 # name: (training form, formula, arguments after logit and library)
@@ -246,7 +246,10 @@ def test_cells_and_features_must_fit():
 @pytest.mark.parametrize("density", [0.02, 0.15, 0.9], ids=["sparse", "between", "dense"])
 @pytest.mark.parametrize("transposed", [True, False], ids=["stored_gh", "stored_hg"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_sparse_linear_equals_linear(density, transposed, dtype):
+@pytest.mark.parametrize("near", [sparse.NEAR, 80], ids=["at_once", "by_block"])
+def test_sparse_linear_equals_linear(density, transposed, dtype, near, monkeypatch):
+    monkeypatch.setattr(sparse, "NEAR", near)
+    monkeypatch.setattr(sparse, "MANY_CELLS", 1)
     x_ng = (torch.rand(20, 60, dtype=dtype) < density) * torch.rand(20, 60, dtype=dtype)
     counts, up_nh = Counts.from_dense(x_ng), torch.randn(20, 8, dtype=dtype)
     weight_hg = (

@@ -162,6 +162,49 @@ def _add_rows(start, col_m, value_m, kind_n, weight_n, sum_kg, nonzero_kg, weigh
             weighted_kg[k, j] += x * weight_n[i]
 
 
+def block_rows(
+    start: Tensor, col_m: Tensor, value_m: Tensor, n_features: int, n_block: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The non-zeros of n rows by block of features: all rows of the first ``n_block`` features, then of the next.
+
+    Returns
+    -------
+    Where each row begins in each block (blocks, n), and the columns and numbers in that order, (m,) int32 and float32.
+
+    >>> block_rows(torch.tensor([0, 2, 3]), torch.tensor([0, 2, 1]), torch.tensor([5.0, 6.0, 7.0]), 3, 2)[1:]
+    (tensor([0, 1, 2], dtype=torch.int32), tensor([5., 7., 6.]))
+    """
+    n, m = start.shape[0] - 1, col_m.shape[0]
+    count_bn = torch.empty(-(-n_features // n_block), n, dtype=torch.int32)
+    arrays = start.numpy(), col_m.numpy()
+    counter, copier = compiled(_count_blocks), compiled(_copy_blocks)
+    in_threads(lambda first, last: counter(first, last, *arrays, n_block, count_bn.numpy()), n, m)
+    start_bn = (count_bn.flatten().cumsum(0, dtype=torch.int32) - count_bn.flatten()).view_as(count_bn)
+    col_to, value_to = torch.empty(m, dtype=torch.int32), torch.empty(m, dtype=torch.float32)
+    arrays += tuple(t.numpy() for t in (value_m, count_bn, start_bn, col_to, value_to))
+    in_threads(lambda first, last: copier(first, last, *arrays), n, m)
+    return start_bn, col_to, value_to
+
+
+def _count_blocks(begin, end, start, col, n_block, count_bn):
+    for i in range(begin, end):
+        k = start[i]
+        for b in range(count_bn.shape[0]):
+            first = k
+            while k < start[i + 1] and col[k] < (b + 1) * n_block:
+                k += 1
+            count_bn[b, i] = k - first
+
+
+def _copy_blocks(begin, end, start, col, value, count_bn, start_bn, col_to, value_to):
+    for i in range(begin, end):
+        k = start[i]
+        for b in range(count_bn.shape[0]):
+            here, there = slice(k, k + count_bn[b, i]), slice(start_bn[b, i], start_bn[b, i] + count_bn[b, i])
+            col_to[there], value_to[there] = col[here], value[here]
+            k += count_bn[b, i]
+
+
 def fill_rows(start: Tensor, col_m: Tensor, value_m: Tensor, n_features: int) -> Tensor:
     """A dense matrix (n, g) of the non-zeros of n rows.
 

@@ -11,8 +11,12 @@ from torch.nn.functional import embedding_bag
 from scvi_lite.data.batch import Counts
 
 # On a CPU, the share of non-zeros below which looking up rows of the weight beats filling zeros in and multiplying.
-SPARSE_FORWARD = 0.2
+SPARSE_FORWARD = 0.35
 SPARSE_BACKWARD = 0.08
+# Numbers of the weight that stay near the processor while all cells look rows of it up, and cells that make it worth
+# sorting the non-zeros for that.
+NEAR = 1 << 17
+MANY_CELLS = 256
 
 
 def sparse_linear(counts: Counts, weight_hg: Tensor) -> Tensor:
@@ -55,8 +59,7 @@ class _SparseLinear(torch.autograd.Function):
         if _share(counts) > SPARSE_FORWARD:
             return counts.x_ng @ weight_gh
         # Detached, or more is computed, for a gradient that comes another way.
-        table_gh = weight_gh.detach().contiguous()
-        return embedding_bag(col_m, table_gh, start[:-1], mode="sum", per_sample_weights=value_m)
+        return _look_up(counts, weight_gh.detach().contiguous())
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -75,6 +78,19 @@ class _SparseLinear(torch.autograd.Function):
             row_m[order_m], up_nh.contiguous(), start_g, mode="sum", per_sample_weights=value_m[order_m]
         )
         return *(None,) * 4, dweight_gh
+
+
+def _look_up(counts: Counts, weight_gh: Tensor) -> Tensor:
+    """The sum of the rows of the weight that each cell's counts look up, a block of features after the other."""
+    n_near = max(1, NEAR // weight_gh.shape[1])
+    if counts.n_cells < MANY_CELLS or counts.n_features < 2 * n_near or counts.value_m.dtype != torch.float32:
+        start_n, col_m, value_m = counts.start[:-1], counts.col_m, counts.value_m
+        return embedding_bag(col_m, weight_gh, start_n, mode="sum", per_sample_weights=value_m)
+    from scvi_lite.data.kernels import block_rows
+
+    start_bn, col_m, value_m = block_rows(counts.start, counts.col_m, counts.value_m, counts.n_features, n_near)
+    y_bnh = embedding_bag(col_m, weight_gh, start_bn.flatten(), mode="sum", per_sample_weights=value_m)
+    return y_bnh.view(*start_bn.shape, -1).sum(0)
 
 
 def _share(counts: Counts) -> float:
