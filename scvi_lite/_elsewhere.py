@@ -5,12 +5,19 @@ from __future__ import annotations
 from abc import ABCMeta
 from typing import NoReturn
 
+from scvi_lite.errors import nearest
+
 READERS = "files are read by scanpy and anndata: scanpy.read_10x_h5, scanpy.read_text, anndata.io.read_loom, ..."
 DATA_SETS = "data sets are not downloaded here; scvi_lite.data.pbmc68k_reduced() and simulate() need no download"
 PLAIN_SETUP = "the setup is plain data: model.registry['setup_args'], model.registry.read(adata, 'x')"
 NO_MANAGER = "nothing is kept outside the model and adata.uns['scvi_lite']"
 SAVED_SETUP = "call `scvi-lite info FOLDER` in a shell"
 SETTINGS_OF_TRAINING = "give plan_kwargs={...} to train(): see scvi_lite.train.Plan"
+OTHER_MODELS = "scvi_lite.MODELS lists the models"
+NO_PEAK_COUNTS = "regions are open or closed: call get_normalized_accessibility() or differential_accessibility()"
+SPOTS = "expression is that of a cell type: call get_scale_for_ct(label), and get_proportions() for the mixture"
+LABELS = "model.registry['setup_args'] names the column of adata.obs and the category of cells without a label"
+ATTRIBUTIONS = "call predict(ig_interpretability=True), which gives the attributions of the genes too"
 ONE_TRAINER = "train() of a model calls lightning.Trainer, with the options that it is given"
 OWN_CODE = "modules are beside their models: scvi_lite.model.scvi.SCVIModule, or model.module of a model"
 
@@ -20,14 +27,18 @@ INSTEAD: dict[str, dict[str, str]] = {
         "criticism": "start from model.posterior_predictive_sample() and model.adata.X",
         "autotune": "call train() with the options to try, and compare model.history['elbo_validation']",
         "hub": "a saved model is a folder of plain files, to be shared as any other: model.save(), SCVI.load()",
-        "external": "scvi_lite.MODELS lists the models",
+        "external": OTHER_MODELS,
         "dataloaders": "train() takes datasplitter_kwargs, and an AnnData may be backed by a file",
         "module": OWN_CODE,
         "nn": "building blocks are imported by name, as in `from scvi_lite.nn.layers import ...`",
         "utils": "there are none",
     },
     "scvi_lite.data": {
-        **dict.fromkeys(("AnnDataManager", "fields"), PLAIN_SETUP),
+        **dict.fromkeys(("AnnDataManager", "AnnDataManagerValidationCheck", "AnnTorchDataset", "fields"), PLAIN_SETUP),
+        "add_dna_sequence": "no model here reads sequences",
+        "annotation_simulation": DATA_SETS,
+        "organize_cite_seq_10x": "setup_anndata() of TOTALVI reads proteins from adata.obsm: write their counts there",
+        "reads_to_fragments": "a fragment has two ends: adata.layers['fragments'] = np.ceil(adata.X / 2)",
         **dict.fromkeys(("read_10x_atac", "read_10x_multiome", "read_csv", "read_loom", "read_text"), READERS),
         **dict.fromkeys(
             (
@@ -39,13 +50,33 @@ INSTEAD: dict[str, dict[str, str]] = {
             DATA_SETS,
         ),
     },
-    "scvi_lite.model": {"base": "the base of all models is scvi_lite.model.Model"},
+    "scvi_lite.distributions": {
+        **dict.fromkeys(("BetaBinomial", "Log1pNormal", "ZeroInflatedGamma", "ZeroInflatedLogNormal"), OTHER_MODELS),
+    },
+    "scvi_lite.model": {
+        "base": "the base of all models is scvi_lite.model.Model",
+        "get_max_epochs_heuristic": "train() takes min(round(20000 / n_cells * 400), 400) epochs",
+        "utils": "draw the latent space with scanpy.tl.umap(adata), and minify with model.minify_adata()",
+        **dict.fromkeys(("AUTOZI", "AmortizedLDA", "JaxSCVI", "mlxSCVI"), OTHER_MODELS),
+    },
+    "settings": {
+        "mlflow_set_experiment": "train() takes logger=lightning.pytorch.loggers.MLFlowLogger(experiment_name=...)",
+        "mlflow_set_tracking_uri": "train() takes logger=lightning.pytorch.loggers.MLFlowLogger(tracking_uri=...)",
+        "reset_logging_handler": "messages go to logging.getLogger('scvi_lite'), whose handlers are yours to change",
+    },
     "scvi_lite.train": {
         "SaveCheckpoint": "give enable_checkpointing=True and checkpointing_monitor=... to train()",
         "LoudEarlyStopping": "give early_stopping=True to train()",
-        **dict.fromkeys(("Trainer", "TrainRunner", "TrainerConfig"), ONE_TRAINER),
+        "METRIC_KEYS": "the names of metrics are those of model.history",
+        "ScibCallback": "compute the metrics of scib-metrics from model.get_latent_representation()",
+        **dict.fromkeys(("KwargsConfig", "Trainer", "TrainRunner", "TrainerConfig", "merge_kwargs"), ONE_TRAINER),
         **dict.fromkeys(
-            ("TrainingPlan", "TrainingPlanConfig", "AdversarialTrainingPlan", "SemiSupervisedTrainingPlan"),
+            (
+                f"{kind}TrainingPlan{config}"
+                for kind in ("", "Adversarial", "Classifier", "LowLevelPyro", "Pyro", "SemiSupervised",
+                             "SemiSupervisedAdversarial")
+                for config in ("", "Config")
+            ),
             SETTINGS_OF_TRAINING,
         ),
     },
@@ -53,11 +84,16 @@ INSTEAD: dict[str, dict[str, str]] = {
         **dict.fromkeys(
             (
                 "adata_manager", "data_registry", "get_anndata_manager", "get_from_registry", "get_setup_arg",
-                "get_state_registry", "transfer_fields", "unlabeled_category_", "view_setup_method_args",
+                "get_state_registry", "registry_", "transfer_fields", "view_setup_method_args",
             ),
             PLAIN_SETUP,
         ),
         **dict.fromkeys(("deregister_manager", "register_manager"), NO_MANAGER),
+        **dict.fromkeys(("labels_", "original_label_key", "unlabeled_category_"), LABELS),
+        "n_labels": "see model.summary_stats",
+        "semisupervised_history_": "what was learned of labels is in model.history",
+        **dict.fromkeys(("get_ranked_features", "shap_adata_predict", "shap_predict"), ATTRIBUTIONS),
+        "was_pretrained": "SCANVI.from_scvi_model() makes the model that it is",
         **dict.fromkeys(("load_registry", "view_setup_args"), SAVED_SETUP),
         "init_params_": "print the model",
         "setup_annbatch": "an AnnData may be backed by a file larger than memory: anndata.read_h5ad(path, backed='r')",
@@ -67,6 +103,14 @@ INSTEAD: dict[str, dict[str, str]] = {
         "run_id": "name the run in a logger of Lightning: train(logger=...)",
         "run_name": "name the run in a logger of Lightning: train(logger=...)",
     },
+    "DestVI": dict.fromkeys(("differential_abundance", "get_normalized_expression"), SPOTS),
+    "PEAKVI": dict.fromkeys(
+        (
+            "differential_expression", "get_feature_correlation_matrix", "get_likelihood_parameters",
+            "get_normalized_expression", "posterior_predictive_sample",
+        ),
+        NO_PEAK_COUNTS,
+    ) | {"get_latent_library_size": "call get_library_size_factors()"},
 }  # fmt: skip
 
 
@@ -80,9 +124,14 @@ def instead_of(place: str, name: str) -> str | None:
     return None if cure is None else f"{place} has no {name!r}, which scvi-tools has: {cure}."
 
 
-def no_attribute(cls: type, name: str) -> AttributeError:
+def no_attribute(owner: object, name: str) -> AttributeError:
     """The error for a name that a model or its class does not have."""
-    return AttributeError(instead_of("Model", name) or f"{cls.__name__} has no attribute {name!r}.", name=name)
+    cls = owner if isinstance(owner, type) else type(owner)
+    message = instead_of(cls.__name__, name) or instead_of("Model", name)
+    if message is None:
+        guess = None if name.startswith("_") else nearest(name, dir(owner))
+        message = f"{cls.__name__} has no attribute {name!r}." + (f" Did you mean {guess!r}?" if guess else "")
+    return AttributeError(message, name=name)
 
 
 class SaysInstead(ABCMeta):

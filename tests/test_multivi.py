@@ -265,6 +265,27 @@ def test_query_of_cells_with_one_modality(trained):
         MULTIVI.setup_mudata(query, modalities=WHERE)
 
 
+def test_query_without_a_modality(trained):
+    """It is added without cells, and is imputed from what there is."""
+    model, rna, _, kind = trained
+    rna = rna[:40].copy()
+    query = MuData({"rna": rna})
+    query.obs["has"] = "expression"
+    with pytest.raises(KeyError, match=r"modality='atac' is not.*prepare_query_mudata\(mdata, model\)"):
+        model.get_normalized_accessibility(query)
+    with pytest.raises(KeyError, match="modality='rna' is not|modality='atac' is not"):
+        MULTIVI.prepare_query_mudata(MuData({"other": rna}), model)
+    with pytest.warns(UserWarning, match="no modality 'atac'"):
+        MULTIVI.prepare_query_mudata(query, model)
+    assert query["atac"].shape == (0, N_REGIONS) and query["rna"].n_obs == 40
+    p_nr = model.get_normalized_accessibility(query, return_numpy=True)
+    np.testing.assert_allclose(p_nr, model.get_normalized_accessibility(indices=np.arange(40), return_numpy=True), 1e-4)
+    query.obs["has"] = "new"
+    mapped = MULTIVI.load_query_data(query, model, accelerator="cpu")
+    mapped.train(2, plan_kwargs={"weight_decay": 0.0}, **SILENT)
+    assert np.isfinite(mapped.get_latent_representation()).all()
+
+
 def test_cells_without_counts():
     """Cells with none in one modality are as cells that lack it; with none in both, as the prior."""
     rna, atac, _ = two_types(60)
@@ -420,3 +441,46 @@ def test_compiled_training():
             model.train(2, plan_kwargs=plan, train_size=1.0, early_stopping=False, batch_size=20, **SILENT)
         losses.append(model.history["train_loss"].to_numpy())
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-2)
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_minified(joined, tmp_path):
+    """What is decoded from latent space is answered as before, from data without counts."""
+    rna, atac, kind = two_types(40)
+    if joined:
+        data = anndata.concat([rna, atac], axis=1)
+        data.layers["counts"] = data.X.copy()
+        MULTIVI.setup_anndata(data, layer="counts")
+    else:
+        atac.layers["counts"] = atac.X.copy()
+        data = MuData({"rna": rna, "atac": atac})
+        MULTIVI.setup_mudata(data, atac_layer="counts", modalities=WHERE)
+    data.obs["kind"] = np.array(["first", "second"])[kind]
+    model = MULTIVI(data, n_genes=N_GENES, n_hidden=8, n_latent=2)
+    model.train(1, **SILENT)
+
+    def ask(model):
+        return (
+            model.get_latent_representation(),
+            model.get_normalized_expression(return_numpy=True),
+            model.get_normalized_accessibility(return_numpy=True),
+        )
+
+    before = ask(model)
+    model.minify_mudata()
+    assert model.minified_data_type == "latent_posterior_parameters"
+    assert (model.adata if joined else model.adata["atac"]).X.nnz == 0 and "counts" in (data if joined else atac).layers
+    model.save(tmp_path / "model", save_anndata=True)
+    for answering in (model, MULTIVI.load(tmp_path / "model"), MULTIVI.load(tmp_path / "model", data)):
+        for found, expected in zip(ask(answering), before):
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+    regions = model.differential_accessibility(groupby="kind", group1="first", silent=True)
+    assert len(regions) == N_REGIONS and regions["emp_prob1"].isna().all()
+    for question in (
+        model.get_library_size_factors,
+        model.get_elbo,
+        lambda: model.get_latent_representation(modality="expression"),
+        lambda: model.get_normalized_accessibility(normalize_cells=True),
+    ):
+        with pytest.raises(RuntimeError, match="minified without"):
+            question()

@@ -460,6 +460,22 @@ def test_minified_mudata(tmp_path):
     np.testing.assert_allclose(full.get_latent_representation(), z_nk, rtol=1e-4, atol=1e-5)
 
 
+def test_query_without_proteins():
+    adata, _, _ = cells_of_two_types(60)
+    TOTALVI.setup_mudata(mdata := as_mudata(adata), batch_key="batch", modalities=MODALITIES)
+    model = TOTALVI(mdata, **SMALL)
+    model.train(1, **SILENT)
+    with set_options(pull_on_update=False):
+        query = MuData({"rna": mdata["rna"][:20].copy()})
+        query.obs["batch"] = "new"
+        with pytest.warns(UserWarning, match="no modality 'protein'"):
+            TOTALVI.prepare_query_mudata(query, model)
+        mapped = TOTALVI.load_query_data(query, model, accelerator="cpu")
+    mapped.train(1, plan_kwargs={"weight_decay": 0.0}, **SILENT)
+    assert mapped.module.measured_qp[2].sum() == 0
+    assert mapped.get_normalized_expression(transform_batch="a")[1].notna().all().all()
+
+
 def test_the_right_call_is_named():
     mdata = synthetic_iid(batch_size=20, n_genes=8, n_regions=0, n_proteins=4, return_mudata=True)
     with pytest.raises(TypeError, match="or call setup_mudata where the model has it"):

@@ -20,7 +20,7 @@ from scvi_lite.analysis.effects import levels, make_test
 from scvi_lite.analysis.expression import decode_draws, mean_over, minibatches
 from scvi_lite.analysis.groups import find_comparisons
 from scvi_lite.analysis.importance import draw_latent
-from scvi_lite.analysis.inputs import draw, minibatch_size, positions_of, to_numpy, whole_number
+from scvi_lite.analysis.inputs import draw, minibatch_size, needs_counts, positions_of, to_numpy, whole_number
 from scvi_lite.data.checks import value_blocks
 from scvi_lite.errors import StateError, unknown
 
@@ -208,7 +208,7 @@ def get_library_size_factors(
     Raises
     ------
     RuntimeError
-        If the model was made with ``model_depth=False``.
+        If the model was made with ``model_depth=False``, or the data were minified without counts.
     """
     _check_depth(model)
     model._warn_if_untrained()
@@ -234,6 +234,7 @@ def _region_factors(model: Model) -> Tensor:
 
 
 def _check_depth(model: Model) -> None:
+    needs_counts(model, "The depth of cells")
     if not model.module.config.model_depth:
         raise StateError("The model was made with model_depth=False, and knows no depth of its cells.")
 

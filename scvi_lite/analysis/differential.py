@@ -267,7 +267,10 @@ def compare(
         draws = []
         for j, rows in enumerate((comparison.rows1, comparison.rows2)):
             value_sg = sampler(rows, codes[j])
-            mean_g = statistics[2 * i + j]["raw_mean"] if counted else expected_mean(model, adata, rows, value_sg)
+            if counted:
+                mean_g = statistics[2 * i + j]["raw_mean"]
+            else:
+                mean_g = expected_mean(model, adata, rows, value_sg) if fields[0] == "x" else value_sg.mean(0)
             draws.append(Draws.of(value_sg, mean_g < threshold_counts))
         pairs = Pairs.make(len(value_sg), len(codes[0]), n_permuted, same_batches=codes[0] == codes[1])
         columns = test(draws[0], draws[1], pairs)

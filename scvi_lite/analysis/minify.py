@@ -87,9 +87,8 @@ def minify_adata(
     if not keep:
         adata.obs[LIBRARY_KEY] = to_numpy([batch.total_n for batch in model._minibatches()])
         stored.append(Continuous("total_n", "the library size", LIBRARY_KEY))
-        fields["x"] = fields["x"] | {"layer": None, "minified": True}
-        if "modality" in fields.get("proteins_np", {}):  # those of obsm stay
-            fields["proteins_np"] = fields["proteins_np"] | {"layer": None}
+        fields |= {name: fields[name] | {"layer": None} for name in _layers(model.registry)}
+        fields["x"] = fields["x"] | {"minified": True}
     fields |= {field.name: {"kind": field.kind, **field.register(adata)} for field in stored}
     registry = replace(model.registry, fields=fields)
     note(registry, adata)
@@ -103,6 +102,7 @@ def minified(model: Model) -> str | None:
     return WITHOUT_COUNTS if model.registry.fields["x"].get("minified") else WITH_COUNTS
 
 
+LAYERS = {"x": "rna_layer", "peaks": "atac_layer", "proteins_np": "protein_layer"}  # in a MuData
 STORED = {"qz_loc_nk": "obsm", "qz_scale_nk": "obsm", "total_n": "obs"}  # where the fields of minified data are
 
 
@@ -118,12 +118,17 @@ def setup_for_counts(registry: Registry) -> Registry:
     if "qz_loc_nk" not in registry.fields:
         return registry
     fields = {name: state for name, state in registry.fields.items() if name not in STORED}
-    if "modality" in fields.get("proteins_np", {}):
-        fields["proteins_np"] = fields["proteins_np"] | {"layer": registry.setup_args["protein_layer"]}
-    counts = {name: value for name, value in fields["x"].items() if name != "minified"}
-    args = registry.setup_args
-    fields["x"] = counts | {"layer": args["rna_layer"] if registry.modalities else args["layer"]}
+    fields["x"] = {name: value for name, value in fields["x"].items() if name != "minified"}
+    for name, argument in _layers(registry).items():
+        fields[name] = fields[name] | {"layer": registry.setup_args[argument]}
     return replace(registry, fields=fields)
+
+
+def _layers(registry: Registry) -> dict[str, str]:
+    """The fields whose counts are dropped, not those of obsm, and which argument of the setup named their layer."""
+    if not registry.modalities:
+        return dict.fromkeys(registry.matrices, "layer")
+    return {name: LAYERS[name] for name in registry.modalities}
 
 
 def _posterior(model: Model, loc_key: str, variance_key: str) -> tuple[np.ndarray, np.ndarray]:

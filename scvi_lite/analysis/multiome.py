@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from scvi_lite.analysis.expression import expected, mean_over, minibatches
-from scvi_lite.analysis.inputs import draw, gene_positions, minibatch_size, positions_of, to_numpy, whole_number
+from scvi_lite.analysis.inputs import (
+    draw,
+    gene_positions,
+    minibatch_size,
+    needs_counts,
+    positions_of,
+    to_numpy,
+    whole_number,
+)
 from scvi_lite.analysis.latent import positions
 from scvi_lite.errors import StateError, unknown, warn
 from scvi_lite.nn.multivi import has
@@ -62,6 +70,8 @@ def get_latent_representation(
 
     Raises
     ------
+    RuntimeError
+        If one modality is asked for and the data were minified without counts.
     ValueError
         If the modality does not exist, or ``adata`` does not fit the model.
     IndexError
@@ -71,6 +81,8 @@ def get_latent_representation(
     known = MODALITIES if module.config.n_proteins else MODALITIES[:3]
     if modality not in known:
         raise ValueError(unknown("modality", modality, known))
+    if modality != "joint":
+        needs_counts(model, f"modality={modality!r}")
     place = known.index(modality) - 1
 
     def one_alone(batch: Batch) -> Posterior:
@@ -197,7 +209,13 @@ def get_library_size_factors(
         ``"expression"``: what the proportions of genes are multiplied by (the exponential of the log library that
         scvi-tools gives); ``"accessibility"``: the share of a cell's accessible regions that is found open. NaN for
         cells that lack the modality.
+
+    Raises
+    ------
+    RuntimeError
+        If the data were minified without counts.
     """
+    needs_counts(model, "The size factors of cells")
     model._warn_if_untrained()
     module = model.module
     factors: dict[str, list[Tensor]] = {"expression": [], "accessibility": []}

@@ -72,7 +72,10 @@ def check_mudata(mdata: Any, modalities: Iterable[str]) -> None:
         raise ValueError("mdata.obs_names repeat: cells are matched by name. Make the names of each modality unique.")
     for modality in dict.fromkeys(modalities):
         if modality not in mdata.mod:
-            raise UnknownKeyError(unknown("modality", modality, mdata.mod, "a modality of mdata", "Modalities"))
+            raise UnknownKeyError(
+                f"{unknown('modality', modality, mdata.mod, 'a modality of mdata', 'Modalities')} If these cells were "
+                "not measured for it, call prepare_query_mudata(mdata, model), which adds it without cells."
+            )
         _check_modality(mdata, modality)
 
 

@@ -156,4 +156,6 @@ class Proteins(Field):
         place_n = place_of(adata, state.get("modality"))
         if place_n is None:
             return np.ascontiguousarray(values_np)
-        return np.where(place_n[:, None] >= 0, values_np[place_n], np.float32(0))
+        found_np = np.zeros((len(place_n), len(names)), np.float32)
+        found_np[place_n >= 0] = values_np[place_n[place_n >= 0]]
+        return found_np

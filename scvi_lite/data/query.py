@@ -54,6 +54,14 @@ def fill_genes(adata: AnnData, var_names: Sequence[str]) -> AnnData:
     return _widen(part, there, wanted) if len(missing) else part
 
 
+def without_cells(var_names: Sequence[str], layer: str | None) -> AnnData:
+    """A modality that no cell was measured for, with the layer that is read of it."""
+    from anndata import AnnData
+
+    empty = sparse.csr_matrix((0, len(var_names)), dtype=np.float32)
+    return AnnData(empty, var=pd.DataFrame(index=list(var_names)), layers={} if layer is None else {layer: empty})
+
+
 def _widen(part: AnnData, place_g: np.ndarray, var_names: pd.Index) -> AnnData:
     """The same cells with further genes; ``place_g`` says where those that are there go."""
     from anndata import AnnData

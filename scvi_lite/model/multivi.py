@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
-from scvi_lite.analysis import abundance, accessibility, differential, latent, likelihood, multiome
+from scvi_lite.analysis import abundance, accessibility, differential, latent, likelihood, minify, multiome
 from scvi_lite.data.batch import Batch
 from scvi_lite.data.fields import Categorical, Matrix, check_keys, columns_of_obs
 from scvi_lite.data.modalities import read_modalities
@@ -123,6 +123,8 @@ class MULTIVI(Model):
     get_region_factors = accessibility.get_region_factors
     differential_accessibility = accessibility.differential_accessibility
     differential_abundance = abundance.differential_abundance
+    minify_adata = minify_mudata = minify.minify_adata
+    minified_data_type = property(minify.minified)
 
     def __init__(
         self,

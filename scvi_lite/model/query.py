@@ -13,7 +13,8 @@ from torch import Tensor
 
 from scvi_lite.analysis.minify import setup_for_counts
 from scvi_lite.data.genes import replace_modalities
-from scvi_lite.data.query import extend, fill_genes
+from scvi_lite.data.modalities import is_mudata
+from scvi_lite.data.query import extend, fill_genes, without_cells
 from scvi_lite.data.registry import Registry, check_data, note
 from scvi_lite.errors import warn, without_absent
 from scvi_lite.io.restore import load_weights
@@ -94,6 +95,8 @@ def prepare_query_mudata(
 ) -> MuData | dict[str, pd.Index] | None:
     """Give each modality of new data the features of a reference: see :meth:`prepare_query_anndata`.
 
+    A modality that the query does not have is added without cells: it counts as not measured for any of them.
+
     Parameters
     ----------
     mdata
@@ -112,17 +115,27 @@ def prepare_query_mudata(
     Raises
     ------
     KeyError
-        If a modality is not there.
+        If no modality of the reference is there.
     ValueError
         If less than a quarter of the features of one are there, or the reference was set up with an AnnData.
     """
-    var_names = _reference(reference_model).var_names
+    reference = _reference(reference_model)
+    var_names = reference.var_names
     if not isinstance(var_names, dict):
         raise ValueError("reference_model was set up with an AnnData: call prepare_query_anndata(adata, ...).")
     if return_reference_var_names:
         return {modality: pd.Index(names) for modality, names in var_names.items()}
-    check_data(mdata, var_names)
-    parts = {modality: fill_genes(mdata.mod[modality], names) for modality, names in var_names.items()}
+    there = set(var_names) & set(mdata.mod) if is_mudata(mdata) else ()
+    check_data(mdata, there or var_names)
+    registry = setup_for_counts(Registry.from_dict(reference.registry))
+    layers = {modality: registry.fields[field]["layer"] for field, modality in registry.modalities.items()}
+    parts = {}
+    for modality, names in var_names.items():
+        if modality in there:
+            parts[modality] = fill_genes(mdata.mod[modality], names)
+        else:
+            warn(f"mdata has no modality {modality!r}: none of its cells counts as measured for it.")
+            parts[modality] = without_cells(names, layers[modality])
     filled = replace_modalities(mdata, parts)
     if not inplace:
         return filled

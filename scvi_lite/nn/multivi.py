@@ -123,7 +123,9 @@ class MULTIVIModule(VAE):
         return torch.stack(has_n, dim=1)
 
     def encode(self, batch: Batch) -> Posterior:
-        """The joint posterior; that of a cell without data is the prior."""
+        """The joint posterior, or the stored one of minified data; that of a cell without data is the prior."""
+        if batch.qz_loc_nk is not None and batch.qz_scale_nk is not None:
+            return Posterior(batch.qz_loc_nk, batch.qz_scale_nk)
         return self._mix(self.encode_each(batch), batch)
 
     def _mix(self, parts: Sequence[Posterior], batch: Batch) -> Posterior:
