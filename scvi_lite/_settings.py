@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from scvi_lite._elsewhere import instead_of
 from scvi_lite.errors import unknown, warn
 
 NEEDLESS = {
@@ -112,6 +113,11 @@ class Settings:
     @logging_dir.setter
     def logging_dir(self, folder: str | Path) -> None:
         self._values["logging_dir"] = str(folder)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        known = [k for k, v in vars(Settings).items() if isinstance(v, property)]
+        needless = f"settings has no {name!r}: {NEEDLESS[name]}." if name in NEEDLESS else None
+        raise AttributeError(instead_of("settings", name) or needless or unknown("settings", name, known, "a setting"))
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in NEEDLESS:

@@ -213,13 +213,54 @@ def test_plan_options_of_metrics_say_that_they_have_no_effect():
         ("", "REGISTRY_KEYS", "scvi_lite.data.Batch"),
         ("data", "AnnDataManager", "model.registry"),
         ("data", "read_loom", "anndata"),
+        ("data", "reads_to_fragments", "np.ceil"),
+        ("distributions", "BetaBinomial", "MODELS"),
+        ("model", "get_max_epochs_heuristic", "20000"),
+        ("settings", "reset_logging_handler", "logging.getLogger"),
         ("train", "SaveCheckpoint", "enable_checkpointing"),
+        ("train", "AdversarialTrainingPlanConfig", "plan_kwargs"),
         ("train", "Trainer", "lightning.Trainer"),
     ],
 )
 def test_names_that_are_elsewhere(place, name, cure):
     with pytest.raises(AttributeError, match=f"no '{name}', which scvi-tools has: .*{cure}"):
         getattr(getattr(scvi_lite, place) if place else scvi_lite, name)
+
+
+@pytest.mark.parametrize(
+    ("model_class", "name", "cure"),
+    [
+        ("PEAKVI", "get_normalized_expression", "get_normalized_accessibility"),
+        ("DestVI", "get_normalized_expression", "get_scale_for_ct"),
+        ("SCANVI", "shap_predict", "ig_interpretability"),
+    ],
+)
+def test_questions_that_a_model_does_not_answer(model_class, name, cure):
+    with pytest.raises(AttributeError, match=f"no '{name}', which scvi-tools has: .*{cure}"):
+        getattr(getattr(scvi_lite, model_class), name)
+
+
+def test_names_of_numbers_and_settings_that_nobody_knows(model):
+    assert model.summary_stats.n_batch == model.summary_stats["n_batch"]
+    with pytest.raises(AttributeError, match="Did you mean 'n_batch'"):
+        model.summary_stats.n_batches  # noqa: B018
+    with pytest.raises(AttributeError, match="Did you mean 'history'"):
+        model.history_  # noqa: B018
+    with pytest.raises(AttributeError, match="Did you mean 'train_indices'"):
+        model.train_indices_  # noqa: B018
+    with pytest.raises(AttributeError, match="Did you mean 'batch_size'"):
+        scvi_lite.settings.batch  # noqa: B018
+    with pytest.raises(AttributeError, match="no 'dl_num_workers': cells are gathered"):
+        scvi_lite.settings.dl_num_workers  # noqa: B018
+
+
+def test_what_is_no_folder_and_what_is_no_data(model, tmp_path):
+    model.save(tmp_path / "model")
+    with pytest.raises(TypeError, match="adata is a bool.*load_query_data"):
+        SCVI.load(tmp_path / "model", adata=False)
+    (tmp_path / "best.ckpt").touch()
+    with pytest.raises(FileNotFoundError, match="is a checkpoint.*ckpt_path"):
+        SCVI.load(tmp_path / "best.ckpt")
 
 
 def test_absent_attributes_of_a_model(model):

@@ -36,7 +36,7 @@ def obs_column(adata: Data, argument: str, key: str, modality: str | None = None
 
 def _elsewhere(adata: Data, argument: str, key: Any) -> str:
     """Where else in a MuData there is such a column."""
-    if not is_mudata(adata):
+    if not (is_mudata(adata) and isinstance(key, str)):
         return ""
     if key in adata.obs:
         return f" There is mdata.obs[{key!r}]: leave {argument!r} out of modalities."

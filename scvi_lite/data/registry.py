@@ -30,6 +30,7 @@ KINDS = {field.kind: field for field in FIELDS}
 UNS_KEY = "scvi_lite"
 PARTS = {"model_name": str, "setup_args": dict, "fields": dict, "n_cells": int, "n_features": int}
 CURES = {
+    "bool": "Without data a saved model is a reference: Model.load_query_data(adata, folder).",
     "NoneType": "Give the data that setup_anndata was called with.",
     "str": "Read the file first: anndata.read_h5ad(path).",
     "PosixPath": "Read the file first: anndata.read_h5ad(path).",

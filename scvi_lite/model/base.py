@@ -23,7 +23,7 @@ from scvi_lite.data.fields import Field
 from scvi_lite.data.genes import match_genes
 from scvi_lite.data.modalities import is_mudata
 from scvi_lite.data.registry import Registry, describe_field
-from scvi_lite.errors import StateError, warn, without_absent
+from scvi_lite.errors import StateError, unknown, warn, without_absent
 from scvi_lite.model import files
 from scvi_lite.nn.module import Module
 from scvi_lite.train.plan import Plan
@@ -43,6 +43,19 @@ ABSENT = {
     "library_log_vars": "they are computed from the counts",
 }
 INFERENCE_BATCH = 1024  # no gradients are kept, so minibatches can be larger than in training
+
+
+class Numbers(dict[str, int]):
+    """Numbers by name, which may be read as attributes, too.
+
+    >>> Numbers(n_cells=5).n_cells
+    5
+    """
+
+    def __getattr__(self, name: str) -> int:
+        if name not in self:
+            raise AttributeError(unknown("summary_stats", name, self, "one of its numbers", "Numbers"), name=name)
+        return self[name]
 
 
 class Model(metaclass=SaysInstead):
@@ -137,10 +150,10 @@ class Model(metaclass=SaysInstead):
     _batch_codes = batch_codes
 
     @property
-    def summary_stats(self) -> dict[str, int]:
+    def summary_stats(self) -> Numbers:
         """Numbers of cells, genes, batches and labels that the model was set up with."""
         r = self.registry
-        return {"n_cells": r.n_cells, "n_vars": r.n_features, "n_batch": r.n_batches, "n_labels": r.n_labels}
+        return Numbers(n_cells=r.n_cells, n_vars=r.n_features, n_batch=r.n_batches, n_labels=r.n_labels)
 
     def get_var_names(self) -> list[str] | dict[str, list[str]]:
         """Names of the genes in the order the model reads them; of a MuData, names of the features by modality."""
@@ -298,7 +311,7 @@ class Model(metaclass=SaysInstead):
 
     def __getattr__(self, name: str) -> Any:
         """Called for what is not there: say what to use instead of a name that scvi-tools has."""
-        raise no_attribute(type(self), name)
+        raise no_attribute(self, name)
 
     def __repr__(self) -> str:
         given = ", ".join(f"{name}={value!r}" for name, value in self._arguments.items())
