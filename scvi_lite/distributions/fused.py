@@ -118,7 +118,7 @@ def _score_draws(
 
         logit, library, theta, dropout = (t if _shared(t, log_theta) else t.flatten(0, 1) for t in inputs)
         return kernels.score(
-            counts.start, counts.col_m, counts.value_m.float(), logit, library, theta, dropout, gradients=False
+            counts.start, counts.col_m, counts.value_m.float(), logit, library, theta, dropout, weight=None
         )[0].view(s, n)
     draws = [[t if _shared(t, log_theta) else t[i] for t in inputs] for i in range(s)]
     return torch.stack([_score(parts, counts, *one) for one in draws])
@@ -146,10 +146,11 @@ class _Score(torch.autograd.Function):
         if not torch.compiler.is_compiling() and logit_ng.device.type == "cpu" and logit_ng.dtype == torch.float32:
             from scvi_lite.distributions import kernels
 
-            gradients = any(ctx.needs_input_grad)
-            inputs = logit_ng, library_n, log_theta, dropout_ng
-            value_n, derivatives = kernels.score(start, col_m, x_m, *inputs, gradients)
+            ctx.weight = -1 / max(1, logit_ng.shape[0])
+            weight = ctx.weight if any(ctx.needs_input_grad) else None
+            value_n, derivatives = kernels.score(start, col_m, x_m, logit_ng, library_n, log_theta, dropout_ng, weight)
         else:
+            ctx.weight = 1.0
             inputs = logit_ng, library_n, log_theta, dropout_ng
             value_n, derivatives = _value_and_derivatives(parts, row_m, col_m, x_m, *inputs)
         ctx.save_for_backward(*derivatives)
@@ -161,16 +162,22 @@ class _Score(torch.autograd.Function):
     def backward(ctx: Any, up_n: Tensor) -> tuple[Tensor | None, ...]:
         dlogit_ng, dlibrary_n, dtheta_ng, ddropout_ng = ctx.saved_tensors
         need_logit, need_library, need_theta, need_dropout = ctx.needs_input_grad[5:]
-        scale = up_n[:, None]
+        scale_n = up_n if ctx.weight == 1 else up_n / ctx.weight
+        # Descending the mean over cells, as nearly every loss does, nothing is left to scale.
+        as_foreseen = ctx.weight != 1 and bool((up_n == ctx.weight).all())
+
+        def scaled(gradient_ng: Tensor) -> Tensor:
+            return gradient_ng if as_foreseen else gradient_ng * scale_n[:, None]
+
         dtheta = None
         if need_theta:
-            dtheta = up_n @ dtheta_ng if ctx.theta_per_gene else dtheta_ng * scale
+            dtheta = scale_n @ dtheta_ng if ctx.theta_per_gene else scaled(dtheta_ng)
         return (
             *(None,) * 5,
-            dlogit_ng * scale if need_logit else None,
-            dlibrary_n * up_n if need_library else None,
+            scaled(dlogit_ng) if need_logit else None,
+            dlibrary_n * scale_n if need_library else None,
             dtheta,
-            ddropout_ng * scale if need_dropout else None,
+            scaled(ddropout_ng) if need_dropout else None,
         )
 
 

@@ -20,20 +20,33 @@ from typing import Any
 import numba
 import numpy as np
 import torch
+from numba.extending import intrinsic
 from torch import Tensor
 
 from scvi_lite.distributions.counts import LOG_THETA_RANGE
 
-F, INT = np.float32, np.int32
+F, INT, U = np.float32, np.int32, np.uint64
 # Sums may be taken in any order: the compiler then adds many genes at once.
 ANY_ORDER = {"nnan", "ninf", "nsz", "arcp", "contract", "reassoc"}
 # Up to here lgamma(x + theta) - lgamma(theta) is the logarithm of a product that a double holds.
 MAX_PRODUCT = 16
 LOG_FACTORIAL = np.array([math.lgamma(x + 1.0) for x in range(MAX_PRODUCT + 1)])
-# A theta below is nothing beside any mean.
+# A theta below is nothing beside nearly any mean.
 TINY = F(1e-17)
 # A thread is worth its start from this many elements on.
 MIN_WORK = 1 << 15
+
+
+@intrinsic
+def wide(context):
+    """Called in a function: compile it for the widest vectors of the machine; LLVM takes half of them by itself."""
+
+    def mark(context, builder, signature, arguments):
+        # llvmlite knows no attributes of LLVM that have a value.
+        set.add(builder.function.attributes, '"prefer-vector-width"="512"')
+        return context.get_dummy_value()
+
+    return numba.types.none(), mark
 
 
 @numba.njit(fastmath={"contract"})
@@ -84,118 +97,168 @@ def log_polynomial(f):
 
 
 @numba.njit(fastmath=ANY_ORDER, error_model="numpy")
-def exp_row(i, logit_ng, top, e_g, zero_g):
-    """exp(logit - top) of a row, and its sum; marks every gene as a zero."""
+def exp_row(i, logit_ng, top, e_g):
+    """exp(logit - top) of a row, and its sum."""
+    wide()
     total = F(0)
     for j in range(e_g.shape[0]):
         e_g[j] = exp(logit_ng[i, j] - top)
         total += e_g[j]
-        zero_g[j] = F(1)
     return total
 
 
 @numba.njit(fastmath=ANY_ORDER, error_model="numpy")
-def zeros_row(i, o, c, e_g, zero_g, theta_g, dropout_ng, dmu_ng, dtheta_ng, ddropout_ng):
-    """Log-probability of the zeros of row i, where mu = c e, and its derivatives into row o.
+def zeros_row(i, t, c, weight, e_g, zero_g, theta_tg, dropout_ng, s_g, p_g, dmu_ng, dtheta_ng, ddropout_ng):
+    """Log-probability of the zeros of row i, where mu = c e, and the sum of its derivative with respect to log mu.
 
-    Also gives the sum of the derivative with respect to log mu.
+    Where there is room for them, also its derivatives: that by log mu as it is, the others times ``weight``.
+    The non-zeros will need s = log(1 + mu / theta) and p = mu / (theta + mu).
     """
+    wide()
     value, total = F(0), F(0)
     for j in range(e_g.shape[0]):
         mu, zero = e_g[j] * c, zero_g[j]
-        if theta_g is None:
-            t, h = mu, mu
+        if theta_tg is None:
+            cost, h = mu, mu
         else:
-            theta = max(theta_g[j], TINY)  # mu / theta stays a float
-            t = theta * log1p(mu / theta)
-            h = mu / (F(1) + mu / theta)
+            theta = max(theta_tg[t, j], TINY)  # mu / theta stays a float
+            r = mu / theta
+            s, p = log1p(r), r / (F(1) + r)
+            s_g[j], p_g[j] = s, p
+            cost, h = theta * s, theta * p
         if dropout_ng is None:
-            dt = -zero
-            value -= zero * t
+            dcost = -zero
+            value -= zero * cost
         else:
             prior = exp(-max(dropout_ng[i, j], F(-40)))
-            posterior = prior * exp(-t)
+            posterior = prior * exp(-cost)
             both = F(1) / ((F(1) + prior) * (F(1) + posterior))
-            dt = zero * (both * (F(1) + prior) - F(1))
+            dcost = zero * (both * (F(1) + prior) - F(1))
             value += zero * log(both * (F(1) + posterior) * (F(1) + posterior))
-            ddropout_ng[o, j] = zero * both * (prior - posterior)
-        if theta_g is not None:
-            dtheta_ng[o, j] = dt * (t - h)
-        dmu_ng[o, j] = dt * h
-        total += dt * h
+            if ddropout_ng is not None:
+                ddropout_ng[i, j] = weight * zero * both * (prior - posterior)
+        if dmu_ng is not None:
+            dmu_ng[i, j] = dcost * h
+            total += dcost * h
+            if theta_tg is not None:
+                dtheta_ng[i, j] = weight * dcost * (cost - h)
     return value, total
 
 
 @numba.njit(fastmath=ANY_ORDER, error_model="numpy", nogil=True, cache=True)
-def fill_tables(log_theta_g, theta_g, rise_xg, slope_xg):
+def fill_table(log_theta_g, theta_g, table_xg2):
     """For the counts 1, 2, ... and every gene what depends on nothing else.
 
     log (theta (theta + 1) ... (theta + x - 1) / x!), and its derivative with respect to log theta.
     """
+    wide()
     n_genes = theta_g.shape[0]
     for j in range(n_genes):
-        rise_xg[0, j], slope_xg[0, j] = log_theta_g[j], F(1)
-    for k in range(1, rise_xg.shape[0]):
+        table_xg2[0, j, 0], table_xg2[0, j, 1] = log_theta_g[j], F(1)
+    for k in range(1, table_xg2.shape[0]):
         log_x = F(math.log(k + 1.0))
         for j in range(n_genes):
-            rise_xg[k, j] = rise_xg[k - 1, j] + log(theta_g[j] + F(k)) - log_x
-            slope_xg[k, j] = slope_xg[k - 1, j] + theta_g[j] / (theta_g[j] + F(k))
-
-
-@numba.njit(fastmath=ANY_ORDER, error_model="numpy")
-def softplus_and_sigmoid(n, x_k, softplus_k, sigmoid_k):
-    """Both of the first n numbers."""
-    for k in range(n):
-        q = exp(-abs(x_k[k]))
-        softplus_k[k] = max(x_k[k], F(0)) + log1p(q)
-        sigmoid_k[k] = (F(1) if x_k[k] > 0 else q) / (F(1) + q)
+            table_xg2[k, j, 0] = table_xg2[k - 1, j, 0] + log(theta_g[j] + F(k)) - log_x
+            table_xg2[k, j, 1] = table_xg2[k - 1, j, 1] + theta_g[j] / (theta_g[j] + F(k))
 
 
 @numba.njit(error_model="numpy")
-def nonzeros_row(
-    i, o, lo, hi, col_m, x_m, shift, logit_ng, log_theta_g, theta_g, rise_xg, slope_xg, dropout_ng,
-    dmu_ng, dtheta_ng, ddropout_ng, work,
-):  # fmt: skip
-    """Same as :func:`zeros_row` for the non-zeros lo:hi of row i, where log mu = logit + shift.
+def look_up(i, t, col_k, x_k, shift, logit_ng, log_theta_tg, theta_tg, table_xg2, s_g, p_g, work, large_k):
+    """What the non-zeros of row i need, side by side in ``work``; gives how many need another way (``large_k``).
 
-    First what many genes at once are good for, d = log mu - log theta and the dropout logit, then each count.
+    Rows of ``work``: d = log mu - log theta, theta, s, p, an entry of the table. In loops so short that loads overlap.
     """
-    value, total, n = 0.0, 0.0, hi - lo
-    if log_theta_g is not None:
+    n_large = 0
+    for k in range(col_k.shape[0]):
+        j = U(col_k[k])
+        work[0, k] = logit_ng[i, j] + shift - log_theta_tg[t, j]
+        work[1, k] = theta_tg[t, j]
+    for k in range(col_k.shape[0]):
+        j = U(col_k[k])
+        work[2, k], work[3, k] = s_g[j], p_g[j]
+    for k in range(col_k.shape[0]):
+        j, x = U(col_k[k]), x_k[k]
+        if not (1 <= x <= MAX_PRODUCT and x == math.floor(x) and work[1, k] > TINY):
+            large_k[n_large] = k
+            n_large += 1
+        elif table_xg2 is None:
+            work[4, k], work[5, k] = rise_and_slope(int(x), theta_tg[t, j], log_theta_tg[t, j])
+        else:
+            work[4, k], work[5, k] = table_xg2[U(x) - U(1), j, 0], table_xg2[U(x) - U(1), j, 1]
+    return n_large
+
+
+@numba.njit(fastmath=ANY_ORDER, error_model="numpy")
+def nb_small(x_k, work):
+    """From what :func:`look_up` found to the log-probability (row 4) and its derivatives (rows 0 and 1)."""
+    wide()
+    for k in range(x_k.shape[0]):
+        x, d, theta, s = x_k[k], work[0, k], work[1, k], work[2, k]
+        dmu = x - (x + theta) * work[3, k]
+        work[4, k] += x * (d - s) - theta * s
+        work[0, k] = dmu
+        work[1, k] = work[5, k] - theta * s - dmu
+
+
+@numba.njit(fastmath=ANY_ORDER, error_model="numpy")
+def log_sigmoid(weight, y_k, z_k):
+    """Replace y by log(1 + exp(y)), and z by -weight times its derivative."""
+    wide()
+    for k in range(y_k.shape[0]):
+        y = y_k[k]
+        q = exp(-abs(y))
+        y_k[k] = max(y, F(0)) + log1p(q)
+        z_k[k] = -weight * (F(1) if y > 0 else q) / (F(1) + q)
+
+
+@numba.njit(fastmath=ANY_ORDER, error_model="numpy")
+def summed(x_k):
+    """The sum, in double precision."""
+    wide()
+    total = 0.0
+    for k in range(x_k.shape[0]):
+        total += x_k[k]
+    return total
+
+
+@numba.njit(fastmath={"contract"}, error_model="numpy")
+def nonzeros_row(
+    i, t, col_k, x_k, shift, weight, s_g, p_g, logit_ng, log_theta_tg, theta_tg, table_xg2,
+    dropout_ng, dmu_ng, dtheta_ng, ddropout_ng, work, large_k,
+):  # fmt: skip
+    """Same as :func:`zeros_row` for the non-zeros of row i, where log mu = logit + shift."""
+    n = col_k.shape[0]
+    dmu_k, dtheta_k, value_k = work[0, :n], work[1, :n], work[4, :n]
+    value = 0.0  # of what a single float cannot hold
+    if theta_tg is None:
         for k in range(n):
-            j = col_m[lo + k]
-            work[0, k] = F(logit_ng[i, j] + shift - log_theta_g[j])
-        softplus_and_sigmoid(n, work[0], work[1], work[2])
+            log_mu = logit_ng[i, U(col_k[k])] + shift
+            mu = math.exp(log_mu)
+            value += x_k[k] * log_mu - mu - math.lgamma(x_k[k] + 1.0)
+            value_k[k], dmu_k[k] = F(0), x_k[k] - mu
+    else:
+        n_large = look_up(i, t, col_k, x_k, shift, logit_ng, log_theta_tg, theta_tg, table_xg2, s_g, p_g, work, large_k)
+        nb_small(x_k, work)
+        for k in large_k[:n_large]:
+            log_mu = logit_ng[i, U(col_k[k])] + shift
+            nb, dmu_k[k], dtheta_k[k] = nb_any(float(x_k[k]), log_mu, float(log_theta_tg[t, U(col_k[k])]))
+            value, value_k[k] = value + nb, F(0)
+    value += summed(value_k)
+    if dmu_ng is not None:
+        for k in range(n):
+            dmu_ng[i, U(col_k[k])] = dmu_k[k]
+        if theta_tg is not None:
+            for k in range(n):
+                dtheta_ng[i, U(col_k[k])] = weight * dtheta_k[k]
+    total = summed(dmu_k)
     if dropout_ng is not None:
         for k in range(n):
-            work[3, k] = dropout_ng[i, col_m[lo + k]]
-        softplus_and_sigmoid(n, work[3], work[4], work[5])
-    for k in range(n):
-        j, x = col_m[lo + k], x_m[lo + k]
-        if log_theta_g is None:
-            log_mu = logit_ng[i, j] + shift
-            mu = math.exp(log_mu)
-            value += x * log_mu - mu - math.lgamma(x + 1.0)
-            dmu = x - mu
-        else:
-            d, s, theta = work[0, k], work[1, k], theta_g[j]
-            if not (x <= MAX_PRODUCT and x == math.floor(x)):
-                nb, dmu, dtheta = nb_any(float(x), logit_ng[i, j] + shift, float(log_theta_g[j]))
-            else:
-                if rise_xg is None:
-                    rise, slope = rise_and_slope(int(x), theta, log_theta_g[j])
-                else:
-                    rise, slope = rise_xg[int(x) - 1, j], slope_xg[int(x) - 1, j]
-                nb = x * (d - s) - theta * s + rise
-                dmu = x - (x + theta) * work[2, k]
-                dtheta = slope - theta * s - dmu
-            value += nb
-            dtheta_ng[o, j] = dtheta
-        dmu_ng[o, j] = dmu
-        total += dmu
-        if dropout_ng is not None:
-            value -= work[4, k]
-            ddropout_ng[o, j] = -work[5, k]
+            work[2, k] = dropout_ng[i, U(col_k[k])]
+        log_sigmoid(weight, work[2, :n], work[3, :n])
+        value -= summed(work[2, :n])
+        if ddropout_ng is not None:
+            for k in range(n):
+                ddropout_ng[i, U(col_k[k])] = work[3, k]
     return value, total
 
 
@@ -228,52 +291,63 @@ def nb_any(x, log_mu, log_theta):
 def gamma_rise(x, theta):
     """lgamma(x + theta) - lgamma(theta), and the same of digamma: Stirling's series, taken 8 steps above theta."""
     high, end = theta + 8.0, theta + 8.0 + x
-    gammas = x * math.log(high) + (end - 0.5) * math.log1p(x / high) - x
+    rise = math.log1p(x / high)
+    gammas = x * math.log(high) + (end - 0.5) * rise - x
     # Products, as a negative power of a NaN raises.
     a, b = 1 / end, 1 / high
     aa, bb = a * a, b * b
     gammas += (a - b) / 12 - (aa * a - bb * b) / 360
-    digammas = math.log1p(x / high) - (a - b) / 2 - (aa - bb) / 12 + (aa * aa - bb * bb) / 120
-    steps = 1.0
-    for j in range(8):
-        steps *= (theta + j) / (theta + j + x)
-        digammas += 1 / (theta + j) - 1 / (theta + j + x)
-    return gammas + math.log(steps), digammas
+    digammas = rise - (a - b) / 2 - (aa - bb) / 12 + (aa * aa - bb * bb) / 120
+    # The eight steps as a product from theta and one from theta + x, and the derivatives of their logarithms.
+    low, top, dlow, dtop = theta, theta + x, 1.0, 1.0
+    for j in range(1, 8):
+        dlow, dtop = dlow * (theta + j) + low, dtop * (theta + j + x) + top
+        low, top = low * (theta + j), top * (theta + j + x)
+    return gammas + math.log(low / top), digammas + dlow / low - dtop / top
+
+
+@numba.njit(fastmath=ANY_ORDER, error_model="numpy")
+def to_logit(i, weight, share, e_g, dmu_ng):
+    """From the derivative with respect to log mu to that with respect to the logit, times ``weight``."""
+    wide()
+    for j in range(e_g.shape[0]):
+        dmu_ng[i, j] = weight * (dmu_ng[i, j] - share * e_g[j])
 
 
 def score_rows(
-    first, last, start, col_m, x_m, logit_ng, top_n, library_n, log_theta_tg, theta_tg, rise_xg, slope_xg, dropout_ng,
-    value_n, dlibrary_n, dmu_ng, dtheta_ng, ddropout_ng,
+    first, last, start, col_m, x_m, logit_ng, top_n, library_n, log_theta_tg, theta_tg, table_xg2, dropout_ng, weight,
+    value_n, dlibrary_n, dlogit_ng, dtheta_ng, ddropout_ng,
 ):  # fmt: skip
-    """Fill value and derivatives of the rows first:last. What a likelihood has no use for is None.
+    """Fill values, and derivatives times ``weight``, of the rows first:last. What a likelihood has no use for is None.
 
     There may be several rows of rates for each cell, one draw after the other.
     """
-    n_cells = start.shape[0] - 1
-    e_g, zero_g = np.empty(logit_ng.shape[1], F), np.empty(logit_ng.shape[1], F)
-    work = np.empty((6, logit_ng.shape[1]), F)
-    log_theta_g, theta_g = None, None
+    n_genes, n_cells = logit_ng.shape[1], start.shape[0] - 1
+    e_g, zero_g, s_g, p_g = np.empty(n_genes, F), np.ones(n_genes, F), np.empty(n_genes, F), np.empty(n_genes, F)
+    work, large_k = np.empty((6, n_genes), F), np.empty(n_genes, INT)
     for i in range(first, last):
-        o = i % dmu_ng.shape[0]
-        if log_theta_tg is not None:
-            log_theta_g, theta_g = log_theta_tg[i % log_theta_tg.shape[0]], theta_tg[i % log_theta_tg.shape[0]]
-        total = exp_row(i, logit_ng, top_n[i], e_g, zero_g)
-        shift = 0.0 if library_n is None else library_n[i] - math.log(total)
         lo, hi = start[i % n_cells], start[i % n_cells + 1]
-        for m in range(lo, hi):
-            zero_g[col_m[m]] = F(0)
+        col_k, x_k = col_m[lo:hi], x_m[lo:hi]
+        t = 0 if theta_tg is None else i % theta_tg.shape[0]
+        total = exp_row(i, logit_ng, top_n[i], e_g)
+        shift = 0.0 if library_n is None else library_n[i] - math.log(total)
         c = F(math.exp(shift))
-        zeros, dzeros = zeros_row(i, o, c, e_g, zero_g, theta_g, dropout_ng, dmu_ng, dtheta_ng, ddropout_ng)
+        for k in range(hi - lo):
+            zero_g[U(col_k[k])] = F(0)
+        zeros, dzeros = zeros_row(
+            i, t, c, weight, e_g, zero_g, theta_tg, dropout_ng, s_g, p_g, dlogit_ng, dtheta_ng, ddropout_ng
+        )
         others, dothers = nonzeros_row(
-            i, o, lo, hi, col_m, x_m, shift - top_n[i], logit_ng, log_theta_g, theta_g,
-            rise_xg, slope_xg, dropout_ng, dmu_ng, dtheta_ng, ddropout_ng, work,
+            i, t, col_k, x_k, shift - top_n[i], weight, s_g, p_g, logit_ng, log_theta_tg, theta_tg, table_xg2,
+            dropout_ng, dlogit_ng, dtheta_ng, ddropout_ng, work, large_k,
         )  # fmt: skip
         value_n[i] = zeros + others
-        if library_n is not None:
-            dlibrary_n[i] = dzeros + dothers
-            share = F((dzeros + dothers) / total)
-            for j in range(e_g.shape[0]):
-                dmu_ng[o, j] -= share * e_g[j]
+        for k in range(hi - lo):
+            zero_g[U(col_k[k])] = F(1)
+        if dlogit_ng is not None:
+            dlibrary = 0.0 if library_n is None else dzeros + dothers
+            dlibrary_n[i] = weight * dlibrary
+            to_logit(i, weight, F(dlibrary / total), e_g, dlogit_ng)
 
 
 @cache
@@ -305,13 +379,13 @@ def on_threads(function: Callable[..., None], n: int, g: int, arguments: Callabl
         other.result()
 
 
-def _tables(log_theta: Tensor | None, theta: Tensor | None, n_nonzeros: int) -> tuple[Tensor | None, Tensor | None]:
-    """The tables of :func:`fill_tables`, where theta is one for each gene and there are counts enough to use them."""
+def _table(log_theta: Tensor | None, theta: Tensor | None, n_nonzeros: int) -> Tensor | None:
+    """The table of :func:`fill_table`, where theta is one for each gene and there are counts enough to use it."""
     if log_theta is None or theta is None or log_theta.shape[0] > 1 or n_nonzeros < log_theta.shape[1]:
-        return None, None
-    rise_xg, slope_xg = (log_theta.new_empty(MAX_PRODUCT, log_theta.shape[1]) for _ in range(2))
-    fill_tables(*(t.detach().numpy() for t in (log_theta[0], theta[0], rise_xg, slope_xg)))
-    return rise_xg, slope_xg
+        return None
+    table_xg2 = log_theta.new_empty(MAX_PRODUCT, log_theta.shape[1], 2)
+    fill_table(*(t.detach().numpy() for t in (log_theta[0], theta[0], table_xg2)))
+    return table_xg2
 
 
 def score(
@@ -322,29 +396,26 @@ def score(
     library_n: Tensor | None,
     log_theta: Tensor | None,
     dropout_ng: Tensor | None,
-    gradients: bool,
+    weight: float | None,
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """Value (n,), and its derivatives with respect to logit, library, log theta (n, g) and dropout.
+    """Value (n,), and its derivatives with respect to logit, library, log theta (n, g) and dropout, times ``weight``.
 
-    There may be several rows of rates for each cell, one draw after the other.
+    No derivatives without a weight. There may be several rows of rates for each cell, one draw after the other.
     """
     n, g = logit_ng.shape
     top_n = logit_ng.new_zeros(n) if library_n is None else logit_ng.amax(1)
-    log_theta = None if log_theta is None else log_theta.reshape(-1, g).clamp(*LOG_THETA_RANGE)
-    theta = None if log_theta is None else log_theta.exp()
-    tables = _tables(log_theta, theta, x_m.shape[0])
-    tensors = [start, col_m, x_m, logit_ng, top_n, library_n, log_theta, theta, *tables, dropout_ng]
-    inputs = [None if t is None else t.detach().contiguous().numpy() for t in tensors]
+    log_theta_tg = None if log_theta is None else log_theta.reshape(-1, g).clamp(*LOG_THETA_RANGE)
+    theta_tg = None if log_theta_tg is None else log_theta_tg.exp()
+    table_xg2 = _table(log_theta_tg, theta_tg, x_m.shape[0])
+    inputs = [start, col_m, x_m, logit_ng, top_n, library_n, log_theta_tg, theta_tg, table_xg2, dropout_ng]
+    value_n, dlibrary_n, full = torch.empty_like(top_n), None, [None, None, None]
+    if weight is not None:
+        dlibrary_n = torch.empty_like(top_n)
+        full = [None if t is None else logit_ng.new_empty(n, g) for t in (logit_ng, log_theta, dropout_ng)]
 
-    def outputs(n_rows: int) -> list[Tensor | None]:
-        return [None if t is None else logit_ng.new_empty(n_rows, g) for t in (logit_ng, log_theta, dropout_ng)]
+    def arrays(tensors: Sequence[Tensor | None]) -> list[np.ndarray | None]:
+        return [None if t is None else t.detach().contiguous().numpy() for t in tensors]
 
-    value_n, dlibrary_n, full = logit_ng.new_empty(n), logit_ng.new_empty(n), outputs(n if gradients else 0)
-
-    def arguments() -> list[Any]:  # without gradients, each thread has one row to write to
-        grads = [None if t is None else t.numpy() for t in (full if gradients else outputs(1))]
-        return [*inputs, value_n.numpy(), dlibrary_n.numpy(), *grads]
-
-    on_threads(compiled(score_rows), n, g, arguments)
-    dlogit_ng, dtheta_ng, ddropout_ng = full
-    return value_n, (dlogit_ng, None if library_n is None else dlibrary_n, dtheta_ng, ddropout_ng)
+    arguments = [*arrays(inputs), F(weight or 0.0), *arrays([value_n, dlibrary_n, *full])]
+    on_threads(compiled(score_rows), n, g, lambda: arguments)
+    return value_n, (full[0], None if library_n is None else dlibrary_n, full[1], full[2])
