@@ -238,3 +238,33 @@ def test_constructors_take_spelt_out_defaults_and_name_the_nearest_option(name):
         model_class(adata, extra_encoder_kwargs={"bias": False}, **options)
     with pytest.raises(TypeError, match="Did you mean 'n_latent'"):
         model_class(adata, n_latnt=3, **options)
+
+
+def test_draws_of_a_mudata_have_the_names_of_its_modalities():
+    mdata = scvi.data.synthetic_iid(batch_size=10, n_genes=8, n_regions=0, n_proteins=3, return_mudata=True)
+    where = {"rna_layer": "rna", "protein_layer": "protein_expression"}
+    scvi.model.TOTALVI.setup_mudata(mdata, batch_key="batch", modalities=where)
+    model = scvi.model.TOTALVI(mdata, n_hidden=8)
+    with pytest.warns(UserWarning, match="not trained"):
+        draws = model.posterior_predictive_sample(n_samples=2)
+    assert {name: counts.shape for name, counts in draws.items()} == {
+        "rna": (20, 8, 2),
+        "protein_expression": (20, 3, 2),
+    }
+
+
+def test_numbers_that_a_model_was_set_up_with():
+    adata = scvi.data.synthetic_iid(batch_size=10, n_genes=8, n_regions=0, n_proteins=3)
+    adata.obs["age"], adata.obs["dose"] = np.arange(20.0), np.arange(20.0) % 3
+    scvi.model.TOTALVI.setup_anndata(
+        adata, "protein_expression", batch_key="batch", continuous_covariate_keys=["age", "dose"]
+    )
+    assert scvi.model.TOTALVI(adata, n_hidden=8).summary_stats == {
+        "n_cells": 20,
+        "n_vars": 8,
+        "n_batch": 2,
+        "n_labels": 1,
+        "n_extra_categorical_covs": 0,
+        "n_extra_continuous_covs": 2,
+        "n_proteins": 3,
+    }

@@ -88,8 +88,10 @@ def posterior_predictive_sample(
     Returns
     -------
     dict
-        ``"rna"`` and ``"protein"``: float32 counts, (n, features), or (n, features, s) with several draws.
+        ``"rna"`` and ``"protein"``, of a MuData the names of its modalities: float32 counts, (n, features), or
+        (n, features, s) with several draws.
     """
+    names = model.registry.modalities or {"x": "rna", "proteins_np": "protein"}
     genes, proteins = gene_positions(model, gene_list), protein_positions(model, protein_list)
     codes = model._batch_codes(transform_batch)
     if len(codes) > 1:
@@ -98,8 +100,8 @@ def posterior_predictive_sample(
     def ask(batch: Batch, q: Posterior, z: Tensor) -> Parts:
         rates, of_proteins = model.module.decode_both(z, draw_library(model, batch, q, n_draws(z)), batch)
         return {
-            "rna": select_genes(rates, genes).distribution().sample(),
-            "protein": chosen(of_proteins.sample(), proteins),
+            names["x"]: select_genes(rates, genes).distribution().sample(),
+            names["proteins_np"]: chosen(of_proteins.sample(), proteins),
         }
 
     return ask_cells(model, adata, indices, codes, ask, n_samples, None, batch_size, False, True)[0]

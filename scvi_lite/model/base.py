@@ -42,6 +42,11 @@ ABSENT = {
     "library_log_means": "they are computed from the counts",
     "library_log_vars": "they are computed from the counts",
 }
+FURTHER_NUMBERS = (
+    ("n_extra_categorical_covs", "cats_nc", "columns"),
+    ("n_extra_continuous_covs", "conts_nd", "columns"),
+    ("n_proteins", "proteins_np", "names"),
+)
 INFERENCE_BATCH = 1024  # no gradients are kept, so minibatches can be larger than in training
 
 
@@ -151,9 +156,13 @@ class Model(metaclass=SaysInstead):
 
     @property
     def summary_stats(self) -> Numbers:
-        """Numbers of cells, genes, batches and labels that the model was set up with."""
+        """Numbers of cells, genes, batches and labels that the model was set up with, of covariates and proteins."""
         r = self.registry
-        return Numbers(n_cells=r.n_cells, n_vars=r.n_features, n_batch=r.n_batches, n_labels=r.n_labels)
+        numbers = Numbers(n_cells=r.n_cells, n_vars=r.n_features, n_batch=r.n_batches, n_labels=r.n_labels)
+        for name, field, part in FURTHER_NUMBERS:
+            if field in r.fields:
+                numbers[name] = len(r.fields[field][part])
+        return numbers
 
     def get_var_names(self) -> list[str] | dict[str, list[str]]:
         """Names of the genes in the order the model reads them; of a MuData, names of the features by modality."""
