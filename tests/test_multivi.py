@@ -322,6 +322,8 @@ def test_bad_input():
     mdata, rna, atac, _ = mosaic()
     with pytest.raises(ValueError, match="which modality atac_layer is for"):
         MULTIVI.setup_mudata(mdata, modalities={"rna_layer": "rna"})
+    with pytest.raises(ValueError, match="TOTALVI for genes and proteins"):
+        MULTIVI.setup_mudata(mdata, modalities={"rna_layer": "rna", "protein_layer": "atac"})
     with pytest.raises(ValueError, match="both for 'rna'"):
         MULTIVI.setup_mudata(mdata, modalities=WHERE | {"atac_layer": "rna"})
     with pytest.raises(KeyError, match="Did you mean 'atac'"):
@@ -339,6 +341,10 @@ def test_bad_input():
         MULTIVI(both)
     with pytest.raises(ValueError, match="do not add up to the 50 variables"):
         MULTIVI(both, n_genes=20, n_regions=20)
+    with pytest.raises(ValueError, match="MULTIVI is for both.*without genes, PEAKVI"):
+        MULTIVI(both, n_regions=50)
+    with pytest.raises(KeyError, match=r"size_factor_key=\['has', 'has'\] is not a column of mdata.obs"):
+        MULTIVI.setup_mudata(mdata, size_factor_key=["has", "has"], modalities=WHERE)
     both.var["feature_types"] = pd.Series(["Peaks"] * N_REGIONS + ["Gene Expression"] * N_GENES, index=both.var_names)
     with pytest.raises(ValueError, match="genes must come first"):
         MULTIVI(both)

@@ -94,7 +94,11 @@ def _check_modality(mdata: MuData, modality: str) -> None:
 
 
 def read_modalities(
-    mdata: MuData, modalities: Mapping[str, str | None] | None, arguments: Collection[str], needed: Iterable[str]
+    mdata: MuData,
+    modalities: Mapping[str, str | None] | None,
+    arguments: Collection[str],
+    needed: Iterable[str],
+    otherwise: str = "",
 ) -> dict[str, str | None]:
     """For each argument of ``setup_mudata`` the modality in which to look; None for the whole.
 
@@ -108,6 +112,8 @@ def read_modalities(
         Those that may be named.
     needed
         Those that must be.
+    otherwise
+        What to say to whom has none of them.
 
     Raises
     ------
@@ -125,7 +131,7 @@ def read_modalities(
             example = ", ".join(f"{name!r}: ..." for name in needed)
             raise ValueError(
                 f"modalities does not say which modality {argument} is for. Write modalities={{{example}}}, with "
-                f"{listing(mdata.mod)} for the dots."
+                f"{listing(mdata.mod)} for the dots. {otherwise}".rstrip()
             )
     for argument, modality in given.items():
         if modality is not None and modality not in mdata.mod:

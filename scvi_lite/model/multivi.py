@@ -428,7 +428,7 @@ class MULTIVI(Model):
             continuous_covariate_keys=check_keys("continuous_covariate_keys", continuous_covariate_keys),
             labels_key=labels_key,
         )
-        where = read_modalities(mdata, modalities, given, needed=("rna_layer", "atac_layer"))
+        where = read_modalities(mdata, modalities, given, ("rna_layer", "atac_layer"), ONE_KIND)
         if where["rna_layer"] == where["atac_layer"]:
             raise ValueError(
                 f"modalities: rna_layer and atac_layer are both for {where['rna_layer']!r}, and two modalities are "
@@ -443,6 +443,7 @@ class MULTIVI(Model):
         accessibility.note_counts(peaks.read(mdata, peaks.state(layer=atac_layer)))
 
 
+ONE_KIND = "Without chromatin, SCVI is for genes, and TOTALVI for genes and proteins; without genes, PEAKVI for regions."
 NOT_OF_THE_NETWORK = (
     "n_genes",
     "n_regions",
@@ -476,6 +477,8 @@ def count_genes(adata: AnnData, n_genes: int | None, n_regions: int | None) -> i
             )
     n_genes = adata.n_vars - n_regions if n_genes is None else n_genes
     n_regions = adata.n_vars - n_genes if n_regions is None else n_regions
+    if n_genes == 0 or n_regions == 0:
+        raise ValueError(f"n_genes={n_genes} and n_regions={n_regions}: MULTIVI is for both. {ONE_KIND}")
     if n_genes < 1 or n_regions < 1 or n_genes + n_regions != adata.n_vars:
         raise ValueError(f"n_genes={n_genes} and n_regions={n_regions} do not add up to the {adata.n_vars} variables.")
     return int(n_genes)
