@@ -443,7 +443,7 @@ class MULTIVI(Model):
         accessibility.note_counts(peaks.read(mdata, peaks.state(layer=atac_layer)))
 
 
-ONE_KIND = "Without chromatin, SCVI is for genes, and TOTALVI for genes and proteins; without genes, PEAKVI for regions."
+ONE_KIND = "Without chromatin SCVI is for genes, and TOTALVI for genes and proteins; without genes, PEAKVI for regions."
 NOT_OF_THE_NETWORK = (
     "n_genes",
     "n_regions",
