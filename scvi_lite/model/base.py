@@ -252,6 +252,12 @@ class Model(metaclass=SaysInstead):
 
     def _fit(self, **arguments: Any) -> None:
         """Train; arguments of :func:`~scvi_lite.model.training.fit_model`."""
+        if not any(parameter.requires_grad for parameter in self.module.parameters()):
+            warn(
+                "Nothing was trained: all weights of this model are frozen, and the query has no batch or category "
+                "that is new. Use it as it is, or make it with load_query_data(..., unfrozen=True)."
+            )
+            return
         if "lightning.pytorch" not in sys.modules and arguments.get("enable_progress_bar", True):
             logger.info("Loading Lightning, once in a session ...")  # it takes seconds, before there is a bar
         from scvi_lite.model.training import fit_model
@@ -268,11 +274,6 @@ class Model(metaclass=SaysInstead):
         if minify.minified(self) is not None:  # the stored posteriors will be out of date: counts are read again
             self.registry = minify.setup_for_counts(self.registry)
             registries.note(self.registry, self.adata)
-        if not any(parameter.requires_grad for parameter in self.module.parameters()):
-            raise StateError(
-                "All weights of this model are frozen, and the query has no batch or category that is new. Use it as "
-                "it is, or make it with load_query_data(..., unfrozen=True)."
-            )
 
     @property
     def history(self) -> dict[str, pd.DataFrame]:
