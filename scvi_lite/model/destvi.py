@@ -445,10 +445,10 @@ class DestVI(Model):
         from scipy import sparse
 
         module, c, code = self.module, self.module.config, self._code(label)
-        parts = []
+        label_l, parts = torch.tensor([code], device=self.device), []
         for batch, spots in self._spots(indices, batch_size, c.n_states * c.n_labels * c.n_genes):
-            scale_nlg = module.expression(spots, batch, module.label_l)
-            share_ng = spots.proportion_nt[:, code, None] * scale_nlg[:, code] / module.mean(spots, scale_nlg)
+            own_ng = spots.proportion_nt[:, code, None] * module.expression(spots, batch, label_l)[:, 0]
+            share_ng = own_ng / module.mean(spots, batch)
             x = batch.x
             value_m = x.value_m * share_ng[x.row_m, x.col_m]
             coordinates = (part.cpu().numpy() for part in (value_m, x.col_m, x.start))

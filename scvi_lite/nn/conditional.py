@@ -55,8 +55,12 @@ class LabelMixture:
         >>> one.log_prob(torch.zeros(4, 3), torch.tensor([0, 1, 1, 0])).shape
         torch.Size([4])
         """
-        part_npk = log_normal(z.unsqueeze(-2), self.loc_lpk[label_n], self.scale_lpk[label_n])
-        return (part_npk.sum(-1) + self.log_weight_lp[label_n]).logsumexp(-1)
+        height_lp = self.log_weight_lp + log_normal(self.loc_lpk, self.loc_lpk.detach(), self.scale_lpk).sum(-1)
+        distance = ((z.unsqueeze(-2) - self.loc_lpk[label_n]) / self.scale_lpk[label_n]).square().sum(-1)
+        log_prob = height_lp[label_n] - 0.5 * distance
+        top = log_prob.amax(-1, keepdim=True).detach()
+        # What is too far away to count is kept from underflowing, which takes a CPU a hundred times as long.
+        return (log_prob - top).clamp(min=-60).exp().sum(-1).log() + top.squeeze(-1)
 
 
 def normed(
@@ -101,8 +105,11 @@ class ConditionalDecoder(nn.Module):
 
     def forward(self, z: Tensor, label_n: Tensor, dense_nd: Tensor) -> Tensor:
         """Logits (..., n, g) at ``z`` (..., n, k) for cells of these labels."""
-        codes = [label_n] if self.n_cats else []
-        return self.scale(self.hidden(z, codes, dense_nd)) + self.label_bias_lg[label_n]
+        return self.scale(self.units(z, label_n, dense_nd)) + self.label_bias_lg[label_n]
+
+    def units(self, z: Tensor, label_n: Tensor, dense_nd: Tensor) -> Tensor:
+        """The hidden units (..., n, h) that the logits are made of."""
+        return self.hidden(z, [label_n] if self.n_cats else [], dense_nd)
 
 
 class FineClassifier(nn.Module):

@@ -16,6 +16,7 @@ from scvi_lite.data.batch import Batch
 from scvi_lite.errors import unknown
 from scvi_lite.nn.conditional import ConditionalDecoder, LabelMixture, normed
 from scvi_lite.nn.layers import Encoder
+from scvi_lite.nn.mixing import mean_softmax
 from scvi_lite.nn.module import Loss, Module
 from scvi_lite.nn.normal import draw_normal, kl_normal, log_normal
 from scvi_lite.nn.rates import Rates
@@ -184,13 +185,17 @@ class SpotModule(Module):
         scale_nslg = (self.decoder(spots.z_nslk[:, :, label_l], label_l, dense_nd) + self.beta_g).softmax(-1)
         return (spots.state_nsl[:, :, label_l, None] * scale_nslg).sum(1)
 
-    def mean(self, spots: Spots, scale_nlg: Tensor) -> Tensor:
+    def mixed(self, z_nslk: Tensor, share_nsl: Tensor, batch: Batch) -> Tensor:
+        """Expected proportions of genes in these shares of the states of the cell types: (n, g)."""
+        decoder, dense_nd = self.decoder, self.batch_embedding(batch.batch_n)[:, None, None]
+        bias_lg = decoder.scale.bias + decoder.label_bias_lg + self.beta_g
+        return mean_softmax(decoder.units(z_nslk, self.label_l, dense_nd), decoder.scale.weight, bias_lg, share_nsl)
+
+    def mean(self, spots: Spots, batch: Batch) -> Tensor:
         """Expected proportions of genes in each spot, from those in its cell types: (n, g)."""
-        n_labels = self.config.n_labels
-        scale_ng = torch.einsum("nl,nlg->ng", spots.proportion_nt[:, :n_labels], scale_nlg)
-        if self.eta_ag is not None:
-            scale_ng = scale_ng + spots.proportion_nt[:, n_labels:] @ self.eta_ag.softmax(-1)
-        return scale_ng
+        share_nl, share_na = spots.proportion_nt.tensor_split([self.config.n_labels], dim=1)
+        scale_ng = self.mixed(spots.z_nslk, share_nl[:, None] * spots.state_nsl, batch)
+        return scale_ng if self.eta_ag is None else scale_ng + share_na @ self.eta_ag.softmax(-1)
 
     def prior(self) -> LabelMixture:
         """The prior of the state of each cell type, from the reference."""
@@ -211,7 +216,7 @@ class SpotModule(Module):
     ) -> Loss:
         """Negative log posterior, mean over spots, and penalties whose weights are options of the plan."""
         spots = self.infer(batch)
-        scale_ng = self.mean(spots, self.expression(spots, batch, self.label_l))
+        scale_ng = self.mean(spots, batch)
         logit_ng = scale_ng.clamp(min=torch.finfo(scale_ng.dtype).tiny).log()
         reconstruction_n = -Rates("nb", logit_ng, batch.library_n, self.log_theta).log_likelihood(batch.x)
         kl_n = self.kl_states(spots)
@@ -272,9 +277,7 @@ class SpotModule(Module):
         component_nl = torch.multinomial(self.prior_weight_lp, n, replacement=True).t()
         loc_nlk = self.prior_loc_lpk[label_l, component_nl]
         z_nlk = draw_normal(loc_nlk, self.prior_var_lpk[label_l, component_nl].sqrt())
-        dense_nd = self.batch_embedding(batch.batch_n)[:, None]
-        scale_nlg = (self.decoder(z_nlk, label_l, dense_nd) + self.beta_g).softmax(-1)
-        return share_nl, torch.einsum("nl,nlg->ng", share_nl, scale_nlg)
+        return share_nl, self.mixed(z_nlk[:, None], share_nl[:, None], batch)
 
     @property
     def extra_shapes(self) -> dict[str, tuple[int, ...]]:

@@ -1,0 +1,46 @@
+"""The mean of softmax rows in compiled passes, against the formula in doubles."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from scvi_lite.nn.mixing import mean_softmax
+
+
+def inputs(shift=0.0):
+    generator = torch.Generator().manual_seed(0)
+    n, s, kinds, h, g = 5, 2, 3, 4, 37
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    tensors = draw(n, s, kinds, h), draw(g, h), draw(kinds, g) + shift, draw(n, s, kinds).abs()
+    return [t.requires_grad_() for t in tensors], draw(n, g)
+
+
+def written_out(h, weight_gh, bias_lg, share_nsl):
+    return (share_nsl.unsqueeze(-1) * (F.linear(h, weight_gh) + bias_lg).softmax(-1)).sum((1, 2))
+
+
+@pytest.mark.parametrize("shift", [0.0, 300.0, -300.0])
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_values_and_gradients(shift, n_threads, monkeypatch):
+    monkeypatch.setattr("scvi_lite.distributions.kernels.MIN_WORK", 1)
+    monkeypatch.setattr("torch.get_num_threads", lambda: n_threads)
+    tensors, grad_ng = inputs(shift)
+    doubles = [t.detach().double().requires_grad_() for t in tensors]
+    found, expected = mean_softmax(*tensors), written_out(*doubles)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-6)
+    found.backward(grad_ng, retain_graph=True)
+    expected.backward(grad_ng.double())
+    for ours, theirs in zip(tensors, doubles):
+        scale = float(theirs.grad.abs().max())
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-3, atol=1e-4 * scale)
+    with pytest.raises(RuntimeError, match="once"):
+        found.backward(grad_ng)
+
+
+def test_doubles_take_the_formula():
+    tensors, _ = inputs()
+    doubles = [t.detach().double() for t in tensors]
+    torch.testing.assert_close(mean_softmax(*doubles), written_out(*doubles))
