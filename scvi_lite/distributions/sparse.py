@@ -12,7 +12,7 @@ from scvi_lite.data.batch import Counts
 
 # On a CPU, the share of non-zeros below which looking up rows of the weight beats filling zeros in and multiplying.
 SPARSE_FORWARD = 0.35
-SPARSE_BACKWARD = 0.08
+SPARSE_BACKWARD = 0.15
 # Numbers of the weight that stay near the processor while all cells look rows of it up, and cells that make it worth
 # sorting the non-zeros for that.
 NEAR = 1 << 17
@@ -69,14 +69,11 @@ class _SparseLinear(torch.autograd.Function):
         up_nh = up_nh.to(value_m.dtype)  # under autocast, the product forward came in 16 bits
         if _share(counts) > SPARSE_BACKWARD:
             return *(None,) * 4, counts.x_ng.t() @ up_nh
-        # Non-zeros by feature, so that a row of the gradient is written once. Narrow keys sort by radix.
-        key_m = col_m.to(torch.int16) if counts.n_features < 2**15 else col_m
-        order_m = torch.argsort(key_m, stable=True)
-        count_g = torch.bincount(col_m, minlength=counts.n_features)
-        start_g = count_g.cumsum(0) - count_g
-        dweight_gh = embedding_bag(
-            row_m[order_m], up_nh.contiguous(), start_g, mode="sum", per_sample_weights=value_m[order_m]
-        )
+        from scvi_lite.distributions.sparse_kernels import by_feature
+
+        # Sorted by feature, so that a row of the gradient is written once.
+        start_g, row_m, value_m = by_feature(start, col_m, value_m, ctx.n_features)
+        dweight_gh = embedding_bag(row_m, up_nh.contiguous(), start_g[:-1], mode="sum", per_sample_weights=value_m)
         return *(None,) * 4, dweight_gh
 
 
