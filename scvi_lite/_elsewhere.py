@@ -38,7 +38,7 @@ INSTEAD: dict[str, dict[str, str]] = {
         "add_dna_sequence": "no model here reads sequences",
         "annotation_simulation": DATA_SETS,
         "organize_cite_seq_10x": "setup_anndata() of TOTALVI reads proteins from adata.obsm: write their counts there",
-        "reads_to_fragments": "a fragment has two ends: layers take (adata.X / 2).ceil() of a sparse matrix, np.ceil() of a dense one",
+        "reads_to_fragments": "a fragment has two ends: (adata.X / 2).ceil(), or np.ceil(adata.X / 2) if it is dense",
         **dict.fromkeys(("read_10x_atac", "read_10x_multiome", "read_csv", "read_loom", "read_text"), READERS),
         **dict.fromkeys(
             (
