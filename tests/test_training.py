@@ -536,18 +536,66 @@ def test_stopping_by_default_needs_no_validation_cells(name):
 
 @pytest.mark.parametrize("kind", ["Adam", "AdamW"])
 def test_adam_of_weights_stored_by_input(kind):
-    """The same numbers as PyTorch's, without a copy of them."""
+    """PyTorch's numbers, also where a gradient is missing or a state is loaded, without a copy of the weights."""
     from scvi_lite.train import adam
 
-    start, gradient = torch.randn(5, 3), torch.randn(4, 5, 3)
+    start, gradient = torch.randn(5, 3), torch.randn(6, 5, 3)
     results = []
     for optimizer, fused in ((getattr(torch.optim, kind), False), (getattr(adam, kind), True)):
         weight = torch.nn.Parameter(start.t().clone(memory_format=torch.contiguous_format).t())
-        there = weight.data_ptr()
-        steps = optimizer([weight], lr=0.1, weight_decay=0.1, fused=fused)
-        for g in gradient:
-            weight.grad = torch.empty_like(weight).copy_(g)
+        bias, there = torch.nn.Parameter(torch.ones(3)), weight.data_ptr()
+        steps = optimizer([weight, bias], lr=0.1, weight_decay=0.1, fused=fused)
+        for i, g in enumerate(gradient):
+            weight.grad, bias.grad = torch.empty_like(weight).copy_(g), g[0] if i != 2 else None
+            if i == 4:
+                state, steps = steps.state_dict(), optimizer([weight, bias], lr=0.3, fused=fused)
+                steps.load_state_dict(state)
             steps.step()
         assert weight.data_ptr() == there and weight.stride() == (1, 5)
-        results.append(weight.detach().clone())
+        results.append((weight.detach().clone(), bias.detach(), [float(s["step"]) for s in steps.state.values()]))
     torch.testing.assert_close(*results)
+    assert results[0][2] == [6.0, 5.0]
+
+
+class Within(Callback):
+    """Looks into each step, and logs."""
+
+    n = 0
+
+    def on_after_backward(self, trainer, task):
+        self.n += all(p.grad is not None for p in task.parameters())
+
+    def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx):
+        task.log("twice", 2.0 * batch_idx, on_step=True, on_epoch=False)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"val_check_interval": 0.5}, {"precision": "bf16-mixed"}, {"precision": "64-true"}, {"max_steps": 3}],
+)
+def test_the_short_loop_gives_the_numbers_of_lightnings(adata, options):
+    """Which runs where somebody looks into a step."""
+    trained, watch = [], Within()
+    for callbacks in ([], [watch]):
+        scvi_lite.settings.seed = 0
+        model = SCVI(adata, n_hidden=4)
+        model.train(max_epochs=2, batch_size=20, callbacks=callbacks, **options, **SILENT)
+        assert model.trainer.fit_loop.epoch_loop.is_plain == (not callbacks)
+        trained.append(model)
+    short, long = trained
+    for name in short.history:
+        np.testing.assert_array_equal(short.history[name].to_numpy(), long.history[name].to_numpy())
+    torch.testing.assert_close(short.module.state_dict(), long.module.state_dict(), rtol=0, atol=0)
+    loops = [{k: v for k, v in m.trainer.fit_loop.state_dict().items() if "optim" not in k} for m in trained]
+    assert loops[0] == loops[1]
+    assert short.trainer.global_step == long.trainer.global_step == watch.n
+    assert float(long.trainer.callback_metrics["twice"]) == (4.0 if options.get("max_steps") else 8.0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"gradient_clip_val": 1.0}, {"accumulate_grad_batches": 2}, {"profiler": "simple"}, {"detect_anomaly": True}],
+)
+def test_what_the_short_loop_leaves_to_lightnings(model, options):
+    model.train(max_epochs=1, batch_size=20, **options, **SILENT)
+    assert model.trainer.fit_loop.epoch_loop.is_plain == ("detect_anomaly" in options)

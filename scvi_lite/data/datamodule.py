@@ -1,4 +1,4 @@
-"""The LightningDataModule: loaders of row numbers, and the gather of their cells on the device."""
+"""The LightningDataModule: samplers of row numbers, and the gather of their cells on the device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from scvi_lite.data.batch import Batch
 from scvi_lite.data.disk import LazyStore
@@ -31,13 +30,6 @@ class Split:
     train: np.ndarray
     validation: np.ndarray
     test: np.ndarray
-
-
-class Rows(Dataset[Tensor]):
-    """A data set whose items are the row numbers that the sampler asks for."""
-
-    def __getitem__(self, row_n: Tensor) -> Tensor:
-        return row_n
 
 
 class CellDataModule(pl.LightningDataModule):
@@ -127,7 +119,7 @@ class CellDataModule(pl.LightningDataModule):
         """Free the device's memory."""
         self.shards = {}
 
-    def train_dataloader(self) -> DataLoader[Tensor]:
+    def train_dataloader(self) -> TrainingSampler:
         trainer = self.trainer
         options: dict[str, Any] = dict(
             n_rows=self.n_own,
@@ -144,26 +136,21 @@ class CellDataModule(pl.LightningDataModule):
         else:
             sampler = TrainingSampler(**options)
         sampler.skip = self.skip_steps
-        return _loader(sampler)
+        return sampler
 
-    def val_dataloader(self) -> DataLoader[Tensor] | list[Any]:
+    def val_dataloader(self) -> SequentialSampler | list[Any]:
         if len(self.split.validation) == 0:
             return []
         validation = self.shards["validation"]
         n_cells = min(VALIDATION_BATCH, VALIDATION_NUMBERS // validation.n_features)
-        return _loader(SequentialSampler(len(validation), max(self.batch_size, n_cells)))
+        return SequentialSampler(len(validation), max(self.batch_size, n_cells))
 
     def transfer_batch_to_device(self, batch: Tensor, device: torch.device, dataloader_idx: int) -> Batch:
         """Rows in, cells on the device out."""
         if not self.trainer.training:
             return self.shards["validation"][batch].to(device)
-        cells = self.shards["train"][batch[: len(batch) - self.n_extra]].to(device)
-        if self.n_extra:
-            extra = self.shards["train"][batch[-self.n_extra :]].to(device)
-            cells = replace(cells, extra=extra, teaches=self.supervision.n_per_label is None)
-        return cells
-
-
-def _loader(sampler: TrainingSampler | SequentialSampler) -> DataLoader[Tensor]:
-    # The generator keeps the loader from drawing on the global one, which a resumed training must find as it was.
-    return DataLoader(Rows(), sampler=sampler, batch_size=None, generator=torch.Generator())
+        store = self.shards["train"]
+        if not self.n_extra:
+            return store[batch].to(device)
+        cells, extra = (store[row_n].to(device) for row_n in batch.split([len(batch) - self.n_extra, self.n_extra]))
+        return replace(cells, extra=extra, teaches=self.supervision.n_per_label is None)

@@ -56,8 +56,57 @@ def in_threads(function: Callable[[int, int], Any], n: int, work: int) -> list[A
     return [function(*edges[:2]), *(other.result() for other in others)]
 
 
-def copy_rows(first_n: Tensor, start: Tensor, col: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Row, column and number of each non-zero of some rows.
+def copy_rows(row_n: Tensor, start: Tensor, col: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Some rows of a matrix: where each begins, and row, column and number of each of their non-zeros.
+
+    Parameters
+    ----------
+    row_n
+        (n,) int64: the rows.
+    start, col, value
+        Where the rows of the matrix begin, their columns and numbers, of any type.
+
+    Returns
+    -------
+    int64 (n + 1,), int64 (m,), int64 (m,) and float32 (m,).
+
+    >>> copy_rows(torch.tensor([1]), torch.tensor([0, 2, 3]), torch.tensor([0, 1, 2]), torch.tensor([5, 6, 7]))
+    (tensor([0, 1]), tensor([0]), tensor([2]), tensor([7.]))
+    """
+    arrays = compiled(_copy_rows)(*(t.numpy() for t in (row_n, start, col, value)))
+    start_n, row_m, col_m, value_m = map(torch.from_numpy, arrays)
+    return start_n, row_m, col_m, value_m
+
+
+def _copy_rows(row_n, start, col, value):
+    n = len(row_n)
+    start_n = np.zeros(n + 1, np.int64)
+    for i in range(n):
+        start_n[i + 1] = start_n[i] + start[row_n[i] + 1] - start[row_n[i]]
+    m = start_n[n]
+    row_m, col_m, value_m = np.empty(m, np.int64), np.empty(m, np.int64), np.empty(m, np.float32)
+    for i in range(n):
+        # Slices, whose indices start at 0: the compiler then copies many numbers at once.
+        here, there = slice(start[row_n[i]], start[row_n[i] + 1]), slice(start_n[i], start_n[i + 1])
+        _copy_row(i, col[here], value[here], row_m[there], col_m[there], value_m[there])
+    return start_n, row_m, col_m, value_m
+
+
+@numba.njit
+def _copy_row(i, col, value, row_m, col_m, value_m):
+    for k in range(len(row_m)):
+        row_m[k] = i
+    for k in range(len(col)):
+        col_m[k] = col[k]
+    for k in range(len(value)):
+        value_m[k] = value[k]
+
+
+def gather_rows(
+    first_n: np.ndarray, start: np.ndarray, col: np.ndarray, value: np.ndarray
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """Row, column and number of each non-zero, and the total of each row (n,); None if columns are not in order or
+    a number is 0.
 
     Parameters
     ----------
@@ -67,33 +116,6 @@ def copy_rows(first_n: Tensor, start: Tensor, col: Tensor, value: Tensor) -> tup
         (n + 1,): where each row begins in the answer.
     col, value
         Columns and numbers of a matrix, of any type.
-
-    Returns
-    -------
-    int64, int64 and float32, each (m,).
-
-    >>> copy_rows(torch.tensor([2]), torch.tensor([0, 1]), torch.tensor([0, 1, 2]), torch.tensor([5, 6, 7]))
-    (tensor([0]), tensor([2]), tensor([7.]))
-    """
-    m = int(start[-1])
-    row_m, col_m = torch.empty(m, dtype=torch.int64), torch.empty(m, dtype=torch.int64)
-    value_m = torch.empty(m, dtype=torch.float32)
-    tensors = (first_n, start, col, value, row_m, col_m, value_m)
-    compiled(_copy_rows)(*(t.numpy() for t in tensors))
-    return row_m, col_m, value_m
-
-
-def _copy_rows(first_n, start, col, value, row_m, col_m, value_m):
-    for i in range(len(first_n)):
-        shift = first_n[i] - start[i]
-        for m in range(start[i], start[i + 1]):
-            row_m[m], col_m[m], value_m[m] = i, col[shift + m], value[shift + m]
-
-
-def gather_rows(
-    first_n: np.ndarray, start: np.ndarray, col: np.ndarray, value: np.ndarray
-) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """As :func:`copy_rows`, with the total of each row (n,); None if columns are not in order or a number is 0.
 
     >>> gather_rows(np.array([1]), np.array([0, 2]), np.array([4, 0, 2]), np.array([5, 6, 7]))[1:]
     (tensor([0, 2]), tensor([6., 7.]), tensor([13.]))
@@ -110,7 +132,6 @@ def gather_rows(
 def _gather_rows(begin, end, first_n, start, col, value, row_m, col_m, value_m, total_n):
     wrong = 0
     for i in range(begin, end):
-        # Slices, whose indices start at 0: the compiler then copies many numbers at once.
         lo, hi = start[i], start[i + 1]
         here = slice(first_n[i], first_n[i] + hi - lo)
         total_n[i], n_wrong = _gather_row(i, col[here], value[here], row_m[lo:hi], col_m[lo:hi], value_m[lo:hi])
@@ -120,13 +141,9 @@ def _gather_rows(begin, end, first_n, start, col, value, row_m, col_m, value_m, 
 
 @numba.njit(fastmath={"reassoc", "contract", "nsz"})
 def _gather_row(i, col, value, row_m, col_m, value_m):
+    _copy_row(i, col, value, row_m, col_m, value_m)
     wrong, total = 0, 0.0
-    for k in range(len(col)):
-        row_m[k] = i
-    for k in range(len(col)):
-        col_m[k] = col[k]
     for k in range(len(value)):
-        value_m[k] = value[k]
         total += value[k]
         wrong += value[k] == 0
     for k in range(len(col) - 1):

@@ -108,6 +108,11 @@ class TrainingSampler(Sampler[Tensor]):
         self.epoch = 0
         self.skip = 0  # steps of the first epoch that a resumed training has behind it
 
+    @property
+    def sampler(self) -> TrainingSampler:
+        """Itself: the trainer loads minibatches from it, and tells the epoch to its loader's sampler."""
+        return self
+
     def set_epoch(self, epoch: int) -> None:
         """Called before each epoch by the trainer."""
         self.epoch = epoch

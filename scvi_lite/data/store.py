@@ -96,11 +96,11 @@ class CompactCSR:
 
     def gather(self, row_n: Tensor) -> Counts:
         """The counts of some rows as a minibatch reads them."""
-        first_n, start = self._ranges(row_n)
         if self.col.device.type == "cpu":
             from scvi_lite.data.kernels import copy_rows
 
-            return Counts(start, *copy_rows(first_n, start, self.col, self.value), self.n_features)
+            return Counts(*copy_rows(row_n, self.start, self.col, self.value), self.n_features)
+        first_n, start = self._ranges(row_n)
         position_m, row_m = positions(first_n, start, self.col.device)
         col_m, value_m = self.col[position_m].long(), self.value[position_m].float()
         return Counts(start.to(self.col.device), row_m, col_m, value_m, self.n_features)

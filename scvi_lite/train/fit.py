@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 from scvi_lite.data.datamodule import CellDataModule
 from scvi_lite.train.callbacks import StopFlag, StopTogether, WarmEarlyStopping, handle_interrupts
 from scvi_lite.train.checkpoint import AtomicCheckpointIO
+from scvi_lite.train.loop import MinibatchLoop
 from scvi_lite.train.options import Stopping
 from scvi_lite.train.plan import is_of_validation
 from scvi_lite.train.progress import Progress, choose_display
@@ -65,6 +66,7 @@ def run(
     deterministic, dtype = torch.are_deterministic_algorithms_enabled(), next(task.module.parameters()).dtype
     with quiet():
         trainer = pl.Trainer(**(defaults | options | forced))
+        trainer.fit_loop.epoch_loop = MinibatchLoop(trainer, trainer.min_steps, trainer.max_steps)
         try:
             with handle_interrupts(stop):
                 trainer.fit(task, datamodule=data, ckpt_path=ckpt_path, weights_only=True)

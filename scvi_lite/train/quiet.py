@@ -9,7 +9,6 @@ from contextlib import contextmanager
 
 # What Lightning says of every small model on a CPU, and its tips; none of it is for our users to mend.
 NOISE = (
-    ".*does not have many workers.*",
     ".*The number of training batches.*is smaller than the logging interval.*",
     ".*Checkpoint directory .* exists and is not empty.*",
     ".*is supported for historical reasons but its usage is discouraged.*",
