@@ -18,6 +18,8 @@ import scvi_lite
 from scvi_lite.data.sampler import TrainingSampler
 from scvi_lite.data.supervision import SupervisedSampler, Supervision
 from scvi_lite.model import SCANVI, SCVI
+from scvi_lite.nn.scanvi import SCANVIModule
+from scvi_lite.nn.vae import Posterior
 
 CASES = sorted((SHARED / "golden").glob("scanvi_*"))
 SILENT = {"accelerator": "cpu", "enable_progress_bar": False}
@@ -365,6 +367,7 @@ def test_epochs_after_scvi(reference, monkeypatch, n_cells, expected):
     monkeypatch.setattr(anndata.AnnData, "n_obs", n_cells)
     model = SCANVI.__new__(SCANVI)
     model.__dict__ |= {"_adata": reference.adata, "registry": reference.registry, "_is_pretrained": True}
+    model.module = reference.module
     model.train()
     assert asked["max_epochs"] == expected
     model._is_pretrained = False
@@ -533,3 +536,49 @@ def test_early_stopping_on_accuracy():
         **SILENT,
     )
     assert len(model.history["validation_accuracy"]) < 60
+
+
+# Compiled form --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("mode", ["training", "evaluation", "frozen encoder"])
+def test_compiled_label_terms(mode, dtype):
+    """Values, gradients and running moments are those of the readable form; in doubles to 12 digits."""
+    module = small(n_layers=1).module.to(dtype).train(mode != "evaluation")
+    module.u_encoder.train(mode == "training")
+    rng = torch.Generator().manual_seed(0)
+    z_nk, loc_nk = torch.randn(2, 9, 3, generator=rng, dtype=dtype)
+    scale_nk, logit_nl = torch.randn(2, 9, 3, generator=rng, dtype=dtype)
+    leaves = [t.requires_grad_() for t in (z_nk, loc_nk, scale_nk.exp(), logit_nl)]
+    weights = {
+        f"{part}.{name}": p
+        for part in ("u_encoder", "z_decoder")
+        for name, p in getattr(module, part).named_parameters()
+    }
+    up_2n = torch.rand(2, 9, generator=rng, dtype=dtype)
+    assert module.is_plain(z_nk)
+    found, state = [], {name: value.clone() for name, value in module.state_dict().items()}
+    for form in (module.label_terms, module.readable_label_terms):
+        module.load_state_dict(state)
+        torch.manual_seed(0)
+        terms = form(leaves[0], Posterior(*leaves[1:3]), leaves[3].log_softmax(-1))
+        grads = torch.autograd.grad(torch.stack(terms), [*leaves, *weights.values()], up_2n)
+        found.append([*(term.detach() for term in terms), *grads, *(b.clone() for b in module.buffers())])
+    names = ["misfit", "kl", "z", "loc", "scale", "logits", *weights, *(name for name, _ in module.named_buffers())]
+    rtol = 1e-12 if dtype == torch.float64 else 2e-5
+    for name, ours, expected in zip(names, *found, strict=True):
+        atol = rtol * max(1.0, float(expected.abs().max()))  # batch norm takes the bias away, up to rounding
+        torch.testing.assert_close(ours, expected, rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_other_shapes_take_the_readable_form(monkeypatch):
+    taken = []
+    readable = SCANVIModule.readable_label_terms
+    monkeypatch.setattr(SCANVIModule, "readable_label_terms", lambda *a: taken.append(1) or readable(*a))
+    for options in ({"n_layers": 2}, {"use_batch_norm": "none"}, {"use_layer_norm": "both"}):
+        small(**options).train(max_epochs=1, **SILENT)
+        assert taken
+        taken.clear()
+    small().train(max_epochs=1, **SILENT)
+    assert not taken

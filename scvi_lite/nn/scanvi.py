@@ -128,6 +128,26 @@ class SCANVIModule(CountVAE):
 
     def label_terms(self, z_nk: Tensor, q: Posterior, log_prob_nl: Tensor) -> tuple[Tensor, Tensor]:
         """log q(z | x) - Σ_y q(y | z) log p(z | u_y, y), and Σ_y q(y | z) KL(u_y) + KL(y): (n,) each."""
+        if not self.is_plain(z_nk):
+            return self.readable_label_terms(z_nk, q, log_prob_nl)
+        from scvi_lite.nn.each_label import label_terms
+
+        c, keep_nh = self.config, None
+        if self.u_encoder.hidden.training and c.dropout_rate:
+            keep_nh = F.dropout(z_nk.new_ones(len(z_nk), c.n_hidden), c.dropout_rate)
+        noise_lnk = draw_normal(z_nk.new_zeros(c.n_known, *z_nk.shape), z_nk.new_ones(()))
+        draws = z_nk, q.z_loc_nk, q.z_scale_nk, log_prob_nl, self.label_prior.log()
+        return label_terms(*draws, self.u_encoder, self.z_decoder, keep_nh, noise_lnk)
+
+    def is_plain(self, z_nk: Tensor) -> bool:
+        """Whether the compiled form of the label terms is for these networks, and for what computes them."""
+        c = self.config
+        plain = c.n_layers == 1 and c.use_batch_norm == "both" and c.use_layer_norm == "none"
+        here = z_nk.device.type == "cpu" and not (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
+        return plain and here and z_nk.dtype == self.label_prior.dtype
+
+    def readable_label_terms(self, z_nk: Tensor, q: Posterior, log_prob_nl: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, for networks of every shape and every device."""
         # Every label is tried for every cell: a leading dimension, which only the small networks over k see.
         code_l1 = torch.arange(self.config.n_known, device=z_nk.device)[:, None]
         u_loc_lnk, u_scale_lnk = self.u_encoder(z_nk, [code_l1])
