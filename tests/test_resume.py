@@ -78,6 +78,10 @@ CASES = {
     "within epochs without validation": ({"every_n_train_steps": 2}, {"check_val_every_n_epoch": 2}),
     "gradients of several minibatches": ({"every_n_train_steps": 1}, {"accumulate_grad_batches": 2}),
     "warm-up in steps": ({"every_n_train_steps": 3}, {"plan_kwargs": {"n_steps_kl_warmup": 25}}),
+    "cosine schedule": (
+        {"every_n_train_steps": 2},
+        {"plan_kwargs": {"reduce_lr_on_plateau": False, "lr_schedule": "cosine"}},
+    ),
     "in doubles": ({"every_n_train_steps": 3}, {"precision": "64-true"}),
 }
 

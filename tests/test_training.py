@@ -11,8 +11,9 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 import scvi_lite
-from scvi_lite.model import SCVI
+from scvi_lite.model import SCVI, CondSCVI
 from scvi_lite.train.plan import Plan
+from scvi_lite.train.presets import FAST
 from scvi_lite.train.progress import TrainingBar, TrainingLines
 
 SILENT = {"accelerator": "cpu", "enable_progress_bar": False}
@@ -213,6 +214,83 @@ def test_plateau_lowers_the_rate(model, metric, every, rates):
     model.train(max_epochs=6, plan_kwargs=plan, callbacks=steps, check_val_every_n_epoch=every, **SILENT)
     assert steps.lr == pytest.approx(np.array(rates) * 1e-3)
     assert model.history["lr-Adam"]["lr-Adam"].tolist() == steps.lr
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_cosine_schedule(model, accumulate):
+    """Half a step into a tenth that rises, then down to nearly nothing; minibatches of one step share its rate."""
+    steps = Steps()
+    plan = {"lr_schedule": "cosine", "lr": 0.01}
+    model.train(
+        max_epochs=5, batch_size=23, plan_kwargs=plan, callbacks=steps, accumulate_grad_batches=accumulate, **SILENT
+    )
+    share = (np.arange(20 // accumulate) + 0.5) / (20 // accumulate)
+    expected = 0.01 * np.minimum(share / 0.1, 0.5 + 0.5 * np.cos(np.pi * np.maximum(share - 0.1, 0) / 0.9))
+    assert steps.lr == pytest.approx(np.repeat(expected, accumulate))
+    assert model.history["lr-Adam"]["lr-Adam"].tolist() == steps.lr[3::4]
+
+
+def test_cosine_schedule_needs_an_end(model):
+    with pytest.raises(ValueError, match="give max_epochs or max_steps"):
+        model.train(max_time="00:00:01:00", plan_kwargs={"lr_schedule": "cosine"}, **SILENT)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr_schedule": "cosin"}, "Did you mean 'cosine'"),
+        ({"lr_schedule": "cosine", "reduce_lr_on_plateau": True}, "reduce_lr_on_plateau=False"),
+        ({"lr_schedule": "cosine", "optimizer": "Custom", "optimizer_creator": torch.optim.SGD}, "lr_schedule=None"),
+    ],
+)
+def test_schedules_that_do_not_go(options, message):
+    with pytest.raises(ValueError, match=message):
+        Plan(**options)
+
+
+# Presets --------------------------------------------------------------------------------------------------------------
+
+
+def test_preset(model, monkeypatch):
+    """How long it takes and how: 6 epochs of 2 minibatches, the first half of which warms up."""
+    monkeypatch.setattr("scvi_lite.train.presets.LEAST_CELLS", 600)
+    monkeypatch.setattr("scvi_lite.train.presets.FEWER", 100)
+    steps = Steps()
+    model.train(preset="fast", batch_size=50, callbacks=steps, **SILENT)
+    assert steps.kl_weight == pytest.approx([min(1, step / 6) for step in range(12)])
+    assert max(steps.lr) == pytest.approx(FAST["lr"], rel=0.1)
+    assert steps.lr[-1] < 0.02 * FAST["lr"]
+
+
+@pytest.mark.parametrize(
+    ("options", "n_steps"), [({"max_epochs": 3}, 6), ({"max_steps": 5}, 5), ({"max_steps": 5, "max_epochs": 9}, 5)]
+)
+def test_what_is_given_counts_more_than_the_preset(model, options, n_steps):
+    steps = Steps()
+    plan = {"lr": 2e-3, "lr_schedule": None, "n_epochs_kl_warmup": 2}
+    model.train(preset="fast", batch_size=50, plan_kwargs=plan, callbacks=steps, **options, **SILENT)
+    assert steps.lr == [2e-3] * n_steps
+    assert steps.kl_weight == [0, 0, 0.5, 0.5, 1, 1][:n_steps]
+
+
+def test_preset_is_ahead_of_the_default_after_as_many_epochs():
+    adata = scvi_lite.data.synthetic_iid(batch_size=300, n_genes=30)
+    SCVI.setup_anndata(adata, batch_key="batch")
+    elbo = {}
+    for preset in (None, "fast"):
+        torch.manual_seed(0)
+        fitted = SCVI(adata, n_hidden=16)
+        fitted.train(max_epochs=8, batch_size=64, preset=preset, **SILENT)
+        elbo[preset] = float(fitted.get_elbo())
+    assert elbo["fast"] > elbo[None] + 1
+
+
+def test_presets_that_are_not_there(model):
+    with pytest.raises(ValueError, match="Did you mean 'fast'"):
+        model.train(preset="fsat", **SILENT)
+    CondSCVI.setup_anndata(adata := scvi_lite.data.synthetic_iid(batch_size=20, n_genes=5), labels_key="labels")
+    with pytest.raises(TypeError, match="CondSCVI has no presets"):
+        CondSCVI(adata).train(preset="fast", **SILENT)
 
 
 def test_learning_rate_monitor(model):

@@ -298,6 +298,8 @@ class SCANVI(Model):
         adversarial_classifier: bool | None = None,
         datasplitter_kwargs: Mapping[str, Any] | None = None,
         plan_kwargs: Mapping[str, Any] | None = None,
+        *,
+        preset: str | None = None,
         **trainer_kwargs: Any,
     ) -> None:
         """Train the model.
@@ -325,7 +327,7 @@ class SCANVI(Model):
             Further than for SCVI: ``classification_ratio``, the weight of the classification loss; 50 by default. See
             :class:`~scvi_lite.train.plan.SemiSupervisedPlan`.
         check_val_every_n_epoch, train_size, validation_size, shuffle_set_split, batch_size, accelerator, devices, \
-        **trainer_kwargs
+        preset, **trainer_kwargs
             As for :meth:`SCVI.train <scvi_lite.model.base.Model.train>`, with ``strategy`` and ``early_stopping``.
 
         Raises
@@ -359,6 +361,7 @@ class SCANVI(Model):
             adversary=adversary,
             supervision=self._supervision(n_samples_per_label),
             check_val_every_n_epoch=check_val_every_n_epoch,
+            preset=preset,
             **trainer_kwargs,
         )
 

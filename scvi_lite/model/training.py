@@ -21,6 +21,7 @@ from scvi_lite.train import options as asked
 from scvi_lite.train.checkpoint import Start, read_checkpoint
 from scvi_lite.train.fit import fit
 from scvi_lite.train.plan import heuristic_epochs, make_plan
+from scvi_lite.train.presets import preset_plan
 from scvi_lite.train.strategies import workers_needed
 from scvi_lite.train.task import Task, TrainingDivergedError
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from scvi_lite.data.supervision import Supervision
     from scvi_lite.model.base import Model
     from scvi_lite.nn.classifier import Adversary
+    from scvi_lite.train.plan import Plan
 
 SPLITTING = ("external_indexing", "drop_last", "shuffle_over")
 
@@ -46,6 +48,7 @@ def fit_model(
     datasplitter_kwargs: Mapping[str, Any] | None = None,
     plan_kwargs: Mapping[str, Any] | None = None,
     strategy: Any = "auto",
+    preset: str | None = None,
     adversary: Adversary | None = None,
     supervision: Supervision | None = None,
     **trainer_kwargs: Any,
@@ -54,25 +57,22 @@ def fit_model(
 
     Parameters
     ----------
+    preset
+        Of models whose ``train`` takes one.
     adversary
         Trained along with the module, against it.
     supervision
         How cells that have a label are mixed into the minibatches.
     """
     model._check_can_train()
-    plan = make_plan(model.plan, plan_kwargs)
     defaults = {name: p.default for name, p in inspect.signature(model.train).parameters.items()}
     defaults.pop("trainer_kwargs", None)
     stopping, options = asked.sort_options({"early_stopping": early_stopping, **trainer_kwargs}, defaults)
-    if max_epochs is not None:
-        asked.check_whole("max_epochs", max_epochs)
-        max_epochs = int(max_epochs)  # Lightning takes no integer of NumPy
-    elif "max_steps" not in options and "max_time" not in options:
-        max_epochs = heuristic_epochs(model.adata.n_obs)
-    if shuffle_set_split not in (True, False):
-        raise ValueError(f"shuffle_set_split={shuffle_set_split!r}: True or False is needed.")
     batch_size = (settings.batch_size or 128) if batch_size is None else batch_size
     asked.check_whole("batch_size", batch_size, least=2)
+    max_epochs, plan = _length_and_plan(model, preset, max_epochs, batch_size, plan_kwargs, options)
+    if shuffle_set_split not in (True, False):
+        raise ValueError(f"shuffle_set_split={shuffle_set_split!r}: True or False is needed.")
     splitting = without_needless(as_options("datasplitter_kwargs", datasplitter_kwargs), asked.NEEDLESS)
     check_options("datasplitter_kwargs", splitting, SPLITTING if supervision is None else (*SPLITTING, "labeled_share"))
     if supervision is not None and "labeled_share" in splitting:
@@ -111,6 +111,39 @@ def fit_model(
         _adopt(model, task, data)
     if interrupted:
         warn(f"Training was interrupted in epoch {task.epoch_reached}. The model is kept as trained so far.")
+
+
+def _length_and_plan(
+    model: Model,
+    preset: str | None,
+    max_epochs: int | None,
+    batch_size: int,
+    plan_kwargs: Mapping[str, Any] | None,
+    options: Mapping[str, Any],
+) -> tuple[int | None, Plan]:
+    """Epochs, and how to descend: what is given, else what the preset says, else the defaults of the model.
+
+    Raises
+    ------
+    TypeError
+        If an option does not exist, or the model has no presets.
+    ValueError
+        If a value is out of range.
+    """
+    given = as_options("plan_kwargs", plan_kwargs)
+    if max_epochs is not None:
+        asked.check_whole("max_epochs", max_epochs)
+        max_epochs = int(max_epochs)  # Lightning takes no integer of NumPy
+    if preset is not None:
+        if "preset" not in inspect.signature(model.train).parameters:
+            raise TypeError(f"train() of {type(model).__name__} has no presets; those of SCVI and SCANVI have.")
+        max_epochs, ready = preset_plan(preset, max_epochs, options.get("max_steps"), model.adata.n_obs, batch_size)
+        if given.get("n_epochs_kl_warmup") is not None:
+            del ready["n_steps_kl_warmup"]  # which would count instead
+        given = ready | given
+    elif max_epochs is None and "max_steps" not in options and "max_time" not in options:
+        max_epochs = heuristic_epochs(model.adata.n_obs)
+    return max_epochs, make_plan(model.plan, given)
 
 
 def _start(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from numbers import Real
@@ -10,6 +11,8 @@ from typing import Any
 from scvi_lite.errors import as_options, check_options, unknown, without_absent, without_needless
 
 OPTIMIZERS = ("Adam", "AdamW", "Custom")
+LR_SCHEDULES = ("cosine",)
+LR_RISE = 0.1  # share of a training over which the cosine schedule rises
 NEEDLESS = {
     "on_step": "metrics are those of an epoch; a logger gets the loss of steps from log_every_n_steps",
     "on_epoch": "metrics are those of an epoch",
@@ -45,6 +48,9 @@ class Plan:
     n_epochs_kl_warmup, n_steps_kl_warmup
         The weight of the KL terms grows linearly from ``min_kl_weight`` to ``max_kl_weight`` over this many epochs
         or, if given, over this many minibatches (counted over all devices).
+    lr_schedule
+        ``"cosine"``: the learning rate rises linearly to ``lr`` over the first tenth of the steps and falls along half
+        a cosine to zero at the last (Loshchilov & Hutter 2017, arXiv:1608.03983).
     reduce_lr_on_plateau, lr_factor, lr_patience, lr_threshold, lr_scheduler_metric, lr_min
         Multiply the learning rate by ``lr_factor`` when the metric has not improved for ``lr_patience`` epochs.
     compile, compile_kwargs
@@ -62,6 +68,7 @@ class Plan:
     n_steps_kl_warmup: int | None = None
     min_kl_weight: float = 0.0
     max_kl_weight: float = 1.0
+    lr_schedule: str | None = None
     reduce_lr_on_plateau: bool = False
     lr_factor: float = 0.6
     lr_patience: int = 30
@@ -78,6 +85,14 @@ class Plan:
             raise ValueError("optimizer='Custom' and optimizer_creator belong together: give both, or neither.")
         if self.scale_lr and self.optimizer == "Custom":
             raise ValueError("scale_lr=True: with optimizer='Custom', scale it in your optimizer_creator.")
+        if self.lr_schedule is not None:
+            if self.lr_schedule not in LR_SCHEDULES:
+                raise ValueError(unknown("lr_schedule", self.lr_schedule, LR_SCHEDULES))
+            if self.optimizer == "Custom" or self.reduce_lr_on_plateau:
+                raise ValueError(
+                    f"lr_schedule={self.lr_schedule!r} sets the learning rate of each step: give lr_schedule=None, "
+                    "or leave out optimizer='Custom' and give reduce_lr_on_plateau=False."
+                )
         if not self.eps > 0:
             raise ValueError(f"eps={self.eps!r}: a positive number is needed.")
         for name in ("lr", "weight_decay", "min_kl_weight", "max_kl_weight", "lr_patience", "lr_threshold", "lr_min"):
@@ -92,6 +107,19 @@ class Plan:
     def loss_options(self) -> dict[str, Any]:
         """Further keywords for the loss of the module, which a model's own plan adds."""
         return {}
+
+    def lr_at(self, share: float) -> float:
+        """The learning rate when a share of the steps is done.
+
+        >>> plan = Plan(lr=1.0, lr_schedule="cosine")
+        >>> [round(plan.lr_at(share), 3) for share in (0.05, 0.1, 0.55, 1.0)]
+        [0.5, 1.0, 0.5, 0.0]
+        """
+        if self.lr_schedule is None:
+            return self.lr
+        if share < LR_RISE:
+            return self.lr * share / LR_RISE
+        return self.lr * (1 + math.cos(math.pi * (share - LR_RISE) / (1 - LR_RISE))) / 2
 
     def kl_weight(self, epoch: int, step: int) -> float:
         """The weight of the KL terms at an epoch and a step (a minibatch of any device), both from 0.

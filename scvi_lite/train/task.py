@@ -54,7 +54,7 @@ class Task(pl.LightningModule):
         self.epoch_history = {name: dict(values) for name, values in (history or {}).items()}
         self.first_epoch = self.epoch_reached + 1 if self.epoch_history else 0
         self.latest: dict[str, float] = {}  #: ELBO of the last epoch, for the progress bar
-        self.monitor_lr = plan.reduce_lr_on_plateau
+        self.monitor_lr = plan.reduce_lr_on_plateau or plan.lr_schedule is not None
         self.steps = 0  #: minibatches that the weights have seen in this training
         self.good_steps = 0  #: those of them that last_good has seen
         self.last_good: dict[str, Tensor] | None = None
@@ -94,6 +94,13 @@ class Task(pl.LightningModule):
             torch.manual_seed(saved.mix(self.trainer.datamodule.seed, self.trainer.global_rank))
         if self.last_good is None:
             self._remember()
+        if self.plan.lr_schedule is not None:
+            self.n_steps = self.trainer.estimated_stepping_batches
+            if not math.isfinite(self.n_steps):
+                raise ValueError(
+                    f"lr_schedule={self.plan.lr_schedule!r} ends with the training, and when that is nobody knows: "
+                    "give max_epochs or max_steps."
+                )
         frozen = [self.module.get_parameter(name).detach()[:n] for name, n in self.module.frozen.rows.items()]
         self.held = [(rows, rows.clone()) for rows in frozen]
 
@@ -103,6 +110,8 @@ class Task(pl.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         self._set_kl_weight()
+        if self.plan.lr_schedule is not None:
+            self._set_lr()
         batch = self._as_computed(batch)
         loss = self.loss(batch, self.kl_weight, **self.plan.loss_options)
         self._add("train", loss)
@@ -139,6 +148,13 @@ class Task(pl.LightningModule):
             self._kl_weight_set = weight
 
     _kl_weight_set = math.nan
+
+    def _set_lr(self) -> None:
+        """The learning rate of this step, which follows from the number of steps alone: resuming needs no more."""
+        done = (self.trainer.global_step + 0.5) / self.n_steps
+        lr = self.plan.lr_at(min(done, 1.0)) * self._lr_scale
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] = lr
 
     def _current_kl_weight(self) -> float:
         trainer, step = self.trainer, 0
@@ -283,8 +299,9 @@ class Task(pl.LightningModule):
             )
             fused = not unscales and self.device.type in ("cpu", "cuda", "mps")
             kind = {"Adam": Adam, "AdamW": AdamW}[plan.optimizer]
-            lr = plan.lr * (self.trainer.world_size if plan.scale_lr else 1)
-            optimizer = kind(parameters, lr=lr, eps=plan.eps, weight_decay=plan.weight_decay, fused=fused)
+            optimizer = kind(
+                parameters, lr=plan.lr * self._lr_scale, eps=plan.eps, weight_decay=plan.weight_decay, fused=fused
+            )
         if plan.reduce_lr_on_plateau:
             self.schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
                 optimizer,
@@ -295,6 +312,10 @@ class Task(pl.LightningModule):
                 min_lr=plan.lr_min,
             )
         return optimizer
+
+    @property
+    def _lr_scale(self) -> int:
+        return self.trainer.world_size if self.plan.scale_lr else 1
 
     def optimizer_step(self, *arguments: Any, **options: Any) -> None:
         """Step, and put frozen rows back."""
