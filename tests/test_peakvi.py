@@ -68,7 +68,12 @@ def test_likelihood(given):
     weight_n = torch.rand(7, dtype=torch.float64)
     expected = torch.autograd.grad((weight_n * value_n).sum(), inputs)
     narrow = bernoulli(counts, *(None if t is None else t.float() for t in (logit_nr, depth, factor)))
-    for one, other in zip(torch.autograd.grad((weight_n * narrow).sum(), inputs), expected):
+    for one, other in zip(torch.autograd.grad((weight_n * narrow).sum(), inputs, retain_graph=True), expected):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    means = (
+        torch.autograd.grad(-value.mean(), inputs) for value in (bernoulli(counts, logit_nr, depth, factor), narrow)
+    )
+    for one, other in zip(*means):  # of a mean, which needs no further scale
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 

@@ -10,7 +10,7 @@ import scipy.sparse as sp
 import torch
 from conftest import SHARED
 from mudata import MuData, set_options
-from scipy.stats import nbinom
+from scipy.stats import nbinom, poisson
 from sklearn.mixture import GaussianMixture
 from test_ddp import run_on_two_ranks
 from torch.distributions import LogNormal, Normal, kl_divergence
@@ -287,8 +287,12 @@ def test_a_batch_without_proteins_is_noted_and_not_scored(caplog):
     adata, _, _ = cells_of_two_types(80)
     adata.obsm["protein"].loc[adata.obs["batch"] == "b"] = 0
     adata.obsm["protein"].loc[adata.obs["batch"] == "a", "protein_3"] = 0
-    with caplog.at_level(logging.INFO, "scvi_lite"):
+    unknown = pytest.warns(UserWarning, match="'protein_3' have no counts in any")
+    with caplog.at_level(logging.INFO, "scvi_lite"), unknown:
         model = make(adata)
+    model.is_trained = True
+    for protein in (model.get_protein_foreground_probability(), model.get_normalized_expression(scale_protein=True)[1]):
+        assert protein["protein_3"].isna().all() and protein.drop(columns="protein_3").notna().all().all()
     assert "all proteins have no counts in 'b'" in caplog.text and "'protein_3' have no counts in 'a'" in caplog.text
     assert model._adversary(None) is not None and model._adversary(False) is None
     (batch,) = model._minibatches(batch_size=80)
@@ -296,8 +300,9 @@ def test_a_batch_without_proteins_is_noted_and_not_scored(caplog):
         terms = model.module.reconstruction(torch.zeros(80, 4), batch.library_n, batch)
     assert (terms["reconst_loss_protein"][batch.batch_n == 1] == 0).all()
     assert (terms["reconst_loss_protein"][batch.batch_n == 0] > 0).all()
-    assert bool(make(adata, override_missing_proteins=True).module.measured_qp.all())
-    assert make(adata, override_missing_proteins=True)._adversary(None) is None
+    with pytest.warns(UserWarning, match="no counts in any"):
+        model = make(adata, override_missing_proteins=True)
+    assert bool(model.module.measured_qp.all()) and model._adversary(None) is None
 
 
 def test_panels_may_cut_across_batches():
@@ -368,11 +373,25 @@ def test_bad_options_are_named():
         make(adata, gene_dispersion="gene-cell")
     with pytest.raises(ValueError, match="protein_dispersion='gene'"):
         make(adata, protein_dispersion="gene")
-    with pytest.raises(ValueError, match="gene_likelihood='poisson'"):
-        make(adata, gene_likelihood="poisson")
+    with pytest.raises(ValueError, match="gene_likelihood='normal'"):
+        make(adata, gene_likelihood="normal")
     model = make(adata)
     with pytest.raises(ValueError, match="pro_recons_weight=-1"):
         model.train(1, plan_kwargs={"pro_recons_weight": -1}, **SILENT)
+
+
+def test_poisson():
+    adata, _, _ = cells_of_two_types(40)
+    model = make(adata, gene_likelihood="poisson")
+    model.train(2, **SILENT)
+    found = model.get_likelihood_parameters()
+    assert "dispersions" not in found and found["mean"].shape == adata.shape
+    (batch,) = model._minibatches()
+    with torch.inference_mode():
+        terms = model.module.reconstruction(z_nk := torch.zeros(40, 4), batch.library_n, batch)
+        mu_ng = model.module.decode(z_nk, batch.library_n, batch).mu_ng
+    np.testing.assert_allclose(terms["reconst_loss_gene"], -poisson.logpmf(adata.X.toarray(), mu_ng).sum(1), rtol=1e-4)
+    assert model.get_feature_correlation_matrix(n_samples=1).shape == (N_GENES + N_PROTEINS,) * 2
 
 
 def test_new_cells_with_proteins_in_another_order(trained):

@@ -49,9 +49,10 @@ def get_likelihood_parameters(
     Returns
     -------
     dict
-        Of genes ``"mean"``, ``"dispersions"`` and, of ZINB, ``"dropout"``; of proteins ``"protein_background"`` and
-        ``"protein_foreground"`` (means), ``"protein_mixing"`` (probability of the background) and
-        ``"protein_dispersions"``. float32, (n, features), or (n, features, s) with several draws that are not averaged.
+        Of genes ``"mean"``, ``"dispersions"`` if they are not Poisson, and of ZINB ``"dropout"``; of proteins
+        ``"protein_background"`` and ``"protein_foreground"`` (means), ``"protein_mixing"`` (probability of the
+        background) and ``"protein_dispersions"``. float32, (n, features), or (n, features, s) with several draws that
+        are not averaged.
     """
 
     def ask(batch: Batch, q: Posterior, z: Tensor) -> Parts:
@@ -59,12 +60,13 @@ def get_likelihood_parameters(
         efficiency_np = proteins.log_efficiency.exp()
         parts = {
             "mean": rates.mu_ng,
-            "dispersions": rates.log_theta.exp().expand_as(rates.mu_ng),
             "protein_background": proteins.back_np * efficiency_np,
             "protein_foreground": proteins.fore_np * efficiency_np,
             "protein_mixing": proteins.mixing_np.sigmoid(),
             "protein_dispersions": proteins.log_theta.exp().expand_as(proteins.mixing_np),
         }
+        if rates.log_theta is not None:
+            parts["dispersions"] = rates.log_theta.exp().expand_as(rates.mu_ng)
         return parts if rates.dropout_ng is None else {**parts, "dropout": rates.dropout_ng.sigmoid()}
 
     return ask_cells(model, adata, indices, [None], ask, n_samples, None, batch_size, give_mean, True)[0]

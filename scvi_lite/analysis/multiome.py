@@ -19,11 +19,11 @@ from scvi_lite.analysis.inputs import (
     gene_positions,
     minibatch_size,
     needs_counts,
-    positions_of,
     to_numpy,
     whole_number,
 )
 from scvi_lite.analysis.latent import positions
+from scvi_lite.analysis.proteins import answer, protein_positions
 from scvi_lite.errors import StateError, unknown, warn
 from scvi_lite.nn.multivi import has
 from scvi_lite.nn.vae import Posterior
@@ -252,7 +252,8 @@ def get_protein_foreground_probability(
     Returns
     -------
     pandas.DataFrame or numpy.ndarray
-        float32: (n, p); (n, p, s) with several samples that are not averaged, as of TOTALVI.
+        float32: (n, p); (n, p, s) with several samples that are not averaged, as of TOTALVI. NaN for proteins that were
+        measured in no cell.
 
     Raises
     ------
@@ -266,11 +267,10 @@ def get_protein_foreground_probability(
             "This model has no proteins. Name them in the setup: protein_expression_obsm_key=... of setup_anndata, or "
             "modalities={'protein_layer': ...} of setup_mudata."
         )
-    proteins = positions_of("protein_list", protein_list, model.protein_names, "proteins")
+    proteins = protein_positions(model, protein_list)
 
     def probability(batch: Batch, z: Tensor) -> Tensor:
-        p_np = model.module.decode_proteins(z, batch).foreground_probability_np
-        return p_np if proteins is None else p_np[..., torch.from_numpy(proteins).to(p_np.device)]
+        return answer(model, model.module.decode_proteins(z, batch).foreground_probability_np, proteins)
 
     names = model.protein_names if proteins is None else [model.protein_names[i] for i in proteins]
     value = _decoded(

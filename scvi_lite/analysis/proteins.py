@@ -58,7 +58,8 @@ def get_normalized_expression(
 ) -> Frames:
     """Denoised expression of genes, and of proteins without their background, for cells drawn from their posterior.
 
-    Where proteins were not measured, they are imputed: give a batch in which they were as ``transform_batch``.
+    Where proteins were not measured, they are imputed: give a batch in which they were as ``transform_batch``. Those
+    that were measured in no cell are NaN.
 
     Parameters
     ----------
@@ -123,7 +124,7 @@ def get_normalized_expression(
         library_n = log_library(model, batch, q, library_size, n_draws(z))
         rates = model.module.decode_proteins(z, batch)
         y_np = protein_value(rates, sample_protein_mixing, include_protein_background, scale_protein)
-        return {"rna": expected(model, z, library_n, batch, None, genes), "protein": chosen(y_np, proteins)}
+        return {"rna": expected(model, z, library_n, batch, None, genes), "protein": answer(model, y_np, proteins)}
 
     values, names = ask_cells(
         model, adata, indices, codes, ask, n_samples, n_samples_overall, batch_size, return_mean, silent
@@ -153,13 +154,14 @@ def get_protein_foreground_probability(
     Returns
     -------
     pandas.DataFrame or numpy.ndarray
-        (n, p) float32; (n, p, s) with ``return_mean=False`` and more than one sample.
+        (n, p) float32; (n, p, s) with ``return_mean=False`` and more than one sample. NaN for proteins that were
+        measured in no cell.
     """
     proteins, codes = protein_positions(model, protein_list), model._batch_codes(transform_batch)
 
     def ask(batch: Batch, q: Posterior, z: Tensor) -> Parts:
         rates = model.module.decode_proteins(z, batch)
-        return {"probability": chosen(rates.foreground_probability_np, proteins)}
+        return {"probability": answer(model, rates.foreground_probability_np, proteins)}
 
     values, names = ask_cells(model, adata, indices, codes, ask, n_samples, None, batch_size, return_mean, silent)
     value = values["probability"]
@@ -176,7 +178,7 @@ def get_protein_background_mean(
 
     def ask(batch: Batch, q: Posterior, z: Tensor) -> Parts:
         rates = model.module.decode_proteins(z, batch)
-        return {"mean": (rates.back_loc_np + 0.5 * rates.back_scale_np**2).exp()}
+        return {"mean": answer(model, (rates.back_loc_np + 0.5 * rates.back_scale_np**2).exp(), None)}
 
     return ask_cells(model, adata, indices, [None], ask, 1, None, batch_size, True, True)[0]["mean"]
 
@@ -264,6 +266,11 @@ def protein_positions(model: Model, protein_list: Sequence[str] | None) -> np.nd
 def chosen(value: Tensor, positions: np.ndarray | None) -> Tensor:
     """Some of the features, or all."""
     return value if positions is None else value[..., torch.from_numpy(positions).to(value.device)]
+
+
+def answer(model: Model, value_np: Tensor, positions: np.ndarray | None) -> Tensor:
+    """Some of the proteins, or all; NaN for those that no cell was measured for, of which nothing was learned."""
+    return chosen(torch.where(model.module.measured_p, value_np, torch.nan), positions)
 
 
 def n_draws(z: Tensor) -> int | None:

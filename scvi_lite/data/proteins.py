@@ -12,7 +12,7 @@ from scipy import sparse
 from scvi_lite.data.checks import check_counts
 from scvi_lite.data.fields import Categorical, Field, Matrix
 from scvi_lite.data.modalities import name_of, part_of, place_of
-from scvi_lite.errors import UnknownKeyError, listing, unknown
+from scvi_lite.errors import UnknownKeyError, listing, unknown, warn
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -85,6 +85,8 @@ class Proteins(Field):
         measured_qp = np.stack([(values_np[panel_n == q] > 0).any(0) for q in range(len(panels))])
         if not measured_qp.any():
             raise ValueError(f"{self.argument}: all counts of proteins are zero.")
+        if nowhere := [name for name, there in zip(names, measured_qp.any(0)) if not there]:
+            warn(f"{listing(nowhere)} have no counts in any cell: nothing is learned of them, and answers are NaN.")
         for panel, measured_p in zip(panels, measured_qp):
             missing = [name for name, there in zip(names, measured_p) if not there]
             if missing:

@@ -94,8 +94,11 @@ class _Bernoulli(torch.autograd.Function):
         if not torch.compiler.is_compiling() and logit_nr.device.type == "cpu" and logit_nr.dtype == torch.float32:
             from scvi_lite.distributions.binary_kernels import score
 
-            value_n, dlogit_nr, w_nr, w_n = score(start, col_m, logit_nr, depth, factor, any(ctx.needs_input_grad))
+            ctx.weight = -1 / max(1, n)  # of each cell in a mean that is descended, as nearly every loss is
+            weight = ctx.weight if any(ctx.needs_input_grad) else None
+            value_n, dlogit_nr, w_nr, w_n = score(start, col_m, logit_nr, depth, factor, weight)
         else:
+            ctx.weight = 1.0
             value_n, dlogit_nr, w_nr, w_n = _value_and_derivatives(row_m, col_m, logit_nr, depth, factor)
         ctx.save_for_backward(dlogit_nr, w_nr, w_n * torch.sigmoid(-depth), torch.sigmoid(-factor))
         return value_n
@@ -105,11 +108,13 @@ class _Bernoulli(torch.autograd.Function):
     def backward(ctx: Any, up_n: Tensor) -> tuple[Tensor | None, ...]:
         dlogit_nr, w_nr, ddepth_n, closed_r = ctx.saved_tensors
         need_logit, need_depth, need_factor = ctx.needs_input_grad[3:]
+        scale_n = up_n if ctx.weight == 1 else up_n / ctx.weight
+        as_foreseen = ctx.weight != 1 and bool((up_n == ctx.weight).all())
         return (
             *(None,) * 3,
-            dlogit_nr * up_n[:, None] if need_logit else None,
+            (dlogit_nr if as_foreseen else dlogit_nr * scale_n[:, None]) if need_logit else None,
             ddepth_n * up_n if need_depth else None,
-            (up_n @ w_nr) * closed_r if need_factor else None,
+            (scale_n @ w_nr) * closed_r if need_factor else None,
         )
 
 

@@ -62,7 +62,8 @@ class MULTIVI(Model):
     region_factors
         Learn a factor of each region; else it is 1.
     gene_likelihood
-        ``"zinb"``, ``"nb"`` or ``"poisson"``.
+        Of the genes: ``"zinb"``, ``"nb"`` or ``"poisson"``; or ``"normal"``, for expression that is no counts, of mean
+        exp(library) · proportion and a standard deviation for each gene.
     dispersion
         ``"gene"``, ``"gene-batch"``, ``"gene-label"`` or ``"gene-cell"``.
     use_batch_norm, use_layer_norm

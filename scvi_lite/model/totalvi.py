@@ -84,7 +84,7 @@ class TOTALVI(Model):
     protein_dispersion
         Of the proteins: ``"protein"``, ``"protein-batch"`` or ``"protein-label"``.
     gene_likelihood
-        ``"nb"`` or ``"zinb"``.
+        ``"nb"``, ``"zinb"`` or ``"poisson"``. (scvi-tools takes any name, and scores ``"nb"`` where it is not ``"zinb"``.)
     latent_distribution
         ``"normal"``, or ``"ln"`` for the logistic normal: points on a simplex.
     empirical_protein_background_prior

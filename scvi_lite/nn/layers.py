@@ -48,9 +48,11 @@ class CovariateLinear(nn.Module):
     def forward(self, x: Tensor | Counts, codes: Sequence[Tensor] = (), dense_nd: Tensor | None = None) -> Tensor:
         """Map ``x`` (dense, or the counts of a minibatch), further dense inputs and the covariates' codes."""
         if isinstance(x, Counts):
-            y = sparse_linear(x, self.weight[:, : x.n_features] if dense_nd is not None else self.weight)
-            if dense_nd is not None:
-                y = y + F.linear(dense_nd, self.weight[:, x.n_features :])
+            if dense_nd is None:
+                y = sparse_linear(x, self.weight)
+            else:  # split as stored, so that the gradients are joined in one copy
+                weight_gh, weight_dh = self.weight.t().split([x.n_features, dense_nd.shape[-1]])
+                y = sparse_linear(x, weight_gh.t()) + dense_nd @ weight_dh
             y = y if self.bias is None else y + self.bias
         else:
             if dense_nd is not None:

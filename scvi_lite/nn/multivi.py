@@ -174,6 +174,11 @@ class MULTIVIModule(VAE):
         """Zero: the library is no latent variable."""
         return batch.total_n.new_zeros(batch.n_cells)
 
+    @property
+    def measured_p(self) -> Tensor:
+        """Which proteins were measured in some cells, (p,); of the others nothing was learned."""
+        return self.proteins.measured_bp.any(0)
+
     def decode_proteins(self, z: Tensor, batch: Batch) -> ProteinRates:
         """The rates of proteins at latent ``z`` (..., n, k)."""
         return self.proteins(self.to_latent(z), self.covariates(batch), batch)

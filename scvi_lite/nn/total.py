@@ -46,7 +46,7 @@ class TotalConfig(VAEConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, choices in {
-            "gene_likelihood": ("nb", "zinb"),
+            "gene_likelihood": ("nb", "zinb", "poisson"),
             "dispersion": ("gene", "gene-batch", "gene-label"),
             "protein_dispersion": DISPERSIONS,
         }.items():
@@ -154,7 +154,8 @@ class TOTALVIModule(CountVAE):
         z = self.to_latent(z)
         inputs = z if dense_nd is None else torch.cat([z, dense_nd.expand(*z.shape[:-1], -1)], -1)
         logit_ng = self.decoder.scale(self.decoder.hidden(inputs, codes), inputs, codes)
-        dropout, log_theta = self.decoder.dropout, by_code(self.log_theta, c.dispersion, batch)
+        log_theta = None if c.gene_likelihood == "poisson" else by_code(self.log_theta, c.dispersion, batch)
+        dropout = self.decoder.dropout
         dropout_ng = None if dropout is None or mixing_h is None else dropout(mixing_h, inputs, codes)
         return Rates(c.gene_likelihood, logit_ng, library_n, log_theta, dropout_ng, not c.use_size_factor)
 
@@ -168,6 +169,11 @@ class TOTALVIModule(CountVAE):
         return batch.batch_n if batch.panel_n is None else batch.panel_n
 
     # Loss -------------------------------------------------------------------------------------------------------------
+
+    @property
+    def measured_p(self) -> Tensor:
+        """Which proteins were measured in some cells, (p,); of the others nothing was learned."""
+        return self.measured_qp.any(0)
 
     def measured(self, batch: Batch) -> Tensor:
         """Which proteins were measured in which cells, (n, p)."""
