@@ -73,8 +73,8 @@ def test_effects_of_known_draws():
 
     rng, n = np.random.default_rng(0), 40_000
     mean, spread = np.array([0.0, 0.5, -2.0]), np.array([0.3, 0.2, 0.5])
-    one = Draws.of(2.0 ** rng.normal(mean, spread, (n, 3)).astype(np.float32), np.zeros(3, bool))
-    two = Draws.of(np.ones((n, 3), np.float32), np.zeros(3, bool))
+    one = Draws(2.0 ** rng.normal(mean, spread, (n, 3)).astype(np.float32), np.zeros(3, bool))
+    two = Draws(np.ones((n, 3), np.float32), np.zeros(3, bool))
     columns = Change(delta=0.25, intervals=(0.9,))(one, two, Pairs())
     np.testing.assert_allclose(columns["lfc_mean"], mean, atol=0.02)
     np.testing.assert_allclose(columns["lfc_std"], spread, rtol=0.03)
@@ -92,7 +92,7 @@ def test_effects_of_known_draws():
 
 def test_blocks_of_genes_do_not_matter(monkeypatch):
     rng = np.random.default_rng(0)
-    one, two = (Draws.of(rng.gamma(2, size=(50, 9)).astype(np.float32), np.zeros(9, bool)) for _ in range(2))
+    one, two = (Draws(rng.gamma(2, size=(50, 9)).astype(np.float32), np.zeros(9, bool)) for _ in range(2))
     whole = Change(delta=None)(one, two, Pairs())
     monkeypatch.setattr("scvi_lite.analysis.effects.BLOCK", 100)
     pd.testing.assert_frame_equal(pd.DataFrame(Change(delta=None)(one, two, Pairs())), pd.DataFrame(whole))
@@ -101,7 +101,7 @@ def test_blocks_of_genes_do_not_matter(monkeypatch):
 def test_permuted_pairs_stay_within_a_batch():
     """Batches differ a thousandfold and populations do not: only pairs across batches would show a change."""
     scale = np.where(np.arange(60) % 2 == 0, 1.0, 1000.0)[:, None] * np.ones((1, 4))
-    draws = Draws.of(scale.astype(np.float32), np.zeros(4, bool))
+    draws = Draws(scale.astype(np.float32), np.zeros(4, bool))
     within = Change()(draws, draws, Pairs.make(60, 2, n_permuted=500))
     across = Change()(draws, draws, Pairs.make(60, 2, n_permuted=500, same_batches=False))
     assert (within["proba_de"] == 0).all() and (across["proba_de"] > 0.1).all()
@@ -112,8 +112,8 @@ def test_permuted_pairs_stay_within_a_batch():
 def test_pseudocounts_come_from_silent_genes():
     value = np.array([[1.0, 5.0, 2.0], [3.0, 4.0, 2.0]], np.float32)
     none, first = np.zeros(3, bool), np.array([True, False, False])
-    assert estimate_pseudocounts(Draws.of(value, none), Draws.of(value, none)) == 1e-10
-    assert estimate_pseudocounts(Draws.of(value, first), Draws.of(value, none)) == pytest.approx(1.0)
+    assert estimate_pseudocounts(Draws(value, none), Draws(value, none)) == 1e-10
+    assert estimate_pseudocounts(Draws(value, first), Draws(value, none)) == pytest.approx(1.0)
 
 
 def test_delta_lies_between_null_and_differential_genes():

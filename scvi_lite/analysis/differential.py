@@ -271,7 +271,7 @@ def compare(
                 mean_g = statistics[2 * i + j]["raw_mean"]
             else:
                 mean_g = expected_mean(model, adata, rows, value_sg) if fields[0] == "x" else value_sg.mean(0)
-            draws.append(Draws.of(value_sg, mean_g < threshold_counts))
+            draws.append(Draws(value_sg, mean_g < threshold_counts))
         pairs = Pairs.make(len(value_sg), len(codes[0]), n_permuted, same_batches=codes[0] == codes[1])
         columns = test(draws[0], draws[1], pairs)
         if all_stats:

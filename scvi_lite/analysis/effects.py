@@ -30,15 +30,8 @@ Columns = dict[str, Any]
 class Draws:
     """Draws of the expression in one population."""
 
-    value_gs: np.ndarray  #: (g, s): each gene's draws side by side, which is how they are read
+    value_sg: np.ndarray  #: (s, g)
     silent_g: np.ndarray  #: (g,) genes that are not expressed there
-
-    @classmethod
-    def of(cls, value_sg: np.ndarray, silent_g: np.ndarray) -> Draws:
-        """From an (s, g) array."""
-        value_gs = np.empty(value_sg.shape[::-1], value_sg.dtype)
-        torch.from_numpy(value_gs).copy_(torch.from_numpy(value_sg).t())  # NumPy transposes far slower
-        return cls(value_gs, silent_g)
 
 
 @dataclass(frozen=True)
@@ -75,13 +68,13 @@ class Pairs:
     def blocks(
         self, one: Draws, two: Draws, first: int = 0, last: int | None = None
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Paired draws of the genes ``first:last``, a few at a time, (genes, pairs) each."""
-        n_genes, n_draws = one.value_gs.shape
+        """Paired draws of the genes ``first:last``, a few at a time, (pairs, genes) each."""
+        n_draws, n_genes = one.value_sg.shape
         step = max(1, BLOCK // (n_draws if self.first is None else len(self.first)))
         last = n_genes if last is None else last
         for start in range(first, last, step):
-            x1, x2 = (draws.value_gs[start : min(start + step, last)] for draws in (one, two))
-            yield x1 if self.first is None else x1[:, self.first], x2 if self.second is None else x2[:, self.second]
+            x1, x2 = (draws.value_sg[:, start : min(start + step, last)] for draws in (one, two))
+            yield x1 if self.first is None else x1[self.first], x2 if self.second is None else x2[self.second]
 
 
 @dataclass(frozen=True)
@@ -92,7 +85,7 @@ class Vanilla:
 
     def __call__(self, one: Draws, two: Draws, pairs: Pairs) -> Columns:
         """Columns of the result, (g,) each."""
-        greater = [np.count_nonzero(x1 > x2, 1) / x1.shape[1] for x1, x2 in pairs.blocks(one, two)]
+        greater = [np.count_nonzero(x1 > x2, 0) / len(x1) for x1, x2 in pairs.blocks(one, two)]
         p_g = np.concatenate(greater)
         return {"proba_m1": p_g, "proba_m2": 1 - p_g, "bayes_factor": log_odds(p_g), **scales(one, two)}
 
@@ -150,17 +143,17 @@ class Change:
 
         def describe(effect_gs: np.ndarray) -> Columns:
             known = {} if self.delta is None else {"p": self.probability(effect_gs, self.delta)}
-            return _summary(effect_gs, edges) | known
+            return known | _summary(effect_gs, edges)
 
         def ask(question: Callable[[np.ndarray], Columns]) -> Columns:
             def share(first: int, last: int) -> list[Columns]:
-                return [question(effect(x1, x2)) for x1, x2 in pairs.blocks(one, two, first, last)]
+                return [question(turned(effect(x1, x2))) for x1, x2 in pairs.blocks(one, two, first, last)]
 
             # NumPy's own functions may run in threads; those of a user might mind.
             shares = (
-                in_threads(share, len(one.value_gs), one.value_gs.size)
+                in_threads(share, one.value_sg.shape[1], one.value_sg.size)
                 if self._is_plain
-                else [share(0, len(one.value_gs))]
+                else [share(0, one.value_sg.shape[1])]
             )
             parts = [part for share in shares for part in share]
             return {name: np.concatenate([part[name] for part in parts], axis=-1) for name in parts[0]}
@@ -184,8 +177,7 @@ class Change:
     def _effect_with(self, pseudocounts: np.float32) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
         """The effect of two arrays; a function of three is given the pseudocounts too."""
         if self.effect is None:
-            added = np.maximum(pseudocounts, np.float32(NO_PSEUDOCOUNT))
-            return lambda x1, x2: np.log2(x1 + added) - np.log2(x2 + added)
+            return partial(log_ratio, added=np.maximum(pseudocounts, np.float32(NO_PSEUDOCOUNT)))
         takes_three = not isinstance(self.effect, np.ufunc) and len(signature(self.effect).parameters) == 3
         return partial(_with_third, self.effect, pseudocounts) if takes_three else self.effect
 
@@ -206,35 +198,57 @@ def _with_third(function: Callable[..., np.ndarray], third: Any, one: np.ndarray
     return function(one, two, third)
 
 
+def log_ratio(x1: np.ndarray, x2: np.ndarray, added: np.float32) -> np.ndarray:
+    """log2 (x1 + added) / (x2 + added), of which the logarithm takes longest.
+
+    >>> log_ratio(np.ones(1, np.float32), np.zeros(1, np.float32), np.float32(1))
+    array([1.], dtype=float32)
+    """
+    ratio = x1 + added
+    ratio /= x2 + added
+    return np.log2(ratio, out=ratio)
+
+
+def turned(x_sg: np.ndarray) -> np.ndarray:
+    """A transposed copy, in which each gene's draws lie side by side."""
+    x_sg = np.ascontiguousarray(x_sg)
+    x_gs = np.empty(x_sg.shape[::-1], x_sg.dtype)
+    torch.from_numpy(x_gs).copy_(torch.from_numpy(x_sg).t())  # NumPy transposes far slower
+    return x_gs
+
+
 def _summary(effect_gs: np.ndarray, quantiles: Sequence[float]) -> Columns:
-    mean_g = effect_gs.mean(1)
+    """Statistics of each row, whose numbers are put in another order."""
+    mean_g, low_g, high_g = effect_gs.mean(1), effect_gs.min(1), effect_gs.max(1)
     off_gs = effect_gs - mean_g[:, None]
     more = {"quantiles": np.quantile(effect_gs, quantiles, axis=1)} if quantiles else {}
     return {
         "lfc_mean": mean_g,
         "lfc_median": np.where(np.isnan(mean_g), mean_g, median(effect_gs)),
         "lfc_std": np.sqrt(np.einsum("gs,gs->g", off_gs, off_gs) / effect_gs.shape[1]),
-        "lfc_min": effect_gs.min(1),
-        "lfc_max": effect_gs.max(1),
+        "lfc_min": low_g,
+        "lfc_max": high_g,
         **more,
     }
 
 
 def median(x_gs: np.ndarray) -> np.ndarray:
-    """Median of each row, (g,). One partition finds it, where ``np.median`` takes several.
+    """Median of each row, (g,), whose numbers it puts in another order.
+
+    One partition finds it, where ``np.median`` takes several.
 
     >>> median(np.array([[3.0, 1.0, 2.0, 9.0]]))
     array([2.5])
     """
     middle = x_gs.shape[1] // 2
-    x_gs = np.partition(x_gs, middle, axis=1)
+    x_gs.partition(middle, axis=1)
     upper_g = x_gs[:, middle]
     return upper_g if x_gs.shape[1] % 2 else (upper_g + x_gs[:, :middle].max(1)) / 2
 
 
 def scales(one: Draws, two: Draws) -> Columns:
     """Mean of the draws of each population, (g,)."""
-    return {f"scale{i}": draws.value_gs.mean(1) for i, draws in ((1, one), (2, two))}
+    return {f"scale{i}": torch.from_numpy(draws.value_sg).mean(0).numpy() for i, draws in ((1, one), (2, two))}
 
 
 def log_odds(p_g: np.ndarray) -> np.ndarray:
@@ -264,7 +278,7 @@ def called(p_g: np.ndarray, target: float) -> np.ndarray:
 def estimate_pseudocounts(one: Draws, two: Draws) -> float:
     """What genes that are not expressed suggest, see :class:`Change`; next to nothing where all are expressed."""
     levels = [
-        float(np.quantile(draws.value_gs.max(1)[draws.silent_g], 0.9)) / len(draws.silent_g)
+        float(np.quantile(draws.value_sg.max(0)[draws.silent_g], 0.9)) / len(draws.silent_g)
         for draws in (one, two)
         if draws.silent_g.any()
     ]
