@@ -342,6 +342,22 @@ def test_from_a_minified_model(reference, tmp_path):
         SCANVI.from_scvi_model(small_one, "Unknown")
 
 
+def test_from_scvi_model_with_a_dispersion_of_each_label():
+    """Each label keeps its own, though the unlabelled category moves to the end."""
+    adata = cells()
+    adata.obs["known"] = adata.obs["known"].replace({"Unknown": "a first name"})
+    SCVI.setup_anndata(adata, labels_key="known")
+    reference = SCVI(adata, **SMALL, dispersion="gene-label")
+    reference.train(max_epochs=1, **SILENT)
+    model, theirs = SCANVI.from_scvi_model(reference, "a first name"), reference.module.log_theta
+    assert torch.equal(model.module.log_theta, theirs[[1, 2, 3, 0]])
+    model = SCANVI.from_scvi_model(reference, "another name")
+    assert torch.equal(model.module.log_theta, torch.cat([theirs, theirs.mean(0, keepdim=True)]))
+    adata.obs["other"] = adata.obs["labels"].astype(str) + " cell"
+    with pytest.raises(ValueError, match="learned none for the label 'label_0 cell'"):
+        SCANVI.from_scvi_model(reference, "Unknown", labels_key="other")
+
+
 def test_from_scvi_model_says_what_it_does_not_do(reference):
     with pytest.warns(UserWarning, match="n_latent is that of scvi_model, 3"):
         SCANVI.from_scvi_model(reference, "Unknown", n_latent=7)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+import torch
 
 from scvi_lite.analysis import (
     abundance,
@@ -24,7 +25,7 @@ from scvi_lite.data.fields import Categorical, Categoricals, Continuous, Continu
 from scvi_lite.data.genes import match_genes
 from scvi_lite.data.labels import Labels
 from scvi_lite.data.supervision import Supervision
-from scvi_lite.errors import StateError, warn, without_absent
+from scvi_lite.errors import StateError, listing, warn, without_absent
 from scvi_lite.model import query
 from scvi_lite.model.base import Model
 from scvi_lite.nn.classifier import Adversary
@@ -34,7 +35,9 @@ from scvi_lite.train.plan import SemiSupervisedPlan, heuristic_epochs
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from torch import Tensor
 
+    from scvi_lite.data.registry import Registry
     from scvi_lite.model.scvi import SCVI
 
 ABSENT = {"labels_groups": "labels have no groups above them here"}
@@ -221,7 +224,7 @@ class SCANVI(Model):
         TypeError
             If ``scvi_model`` is not an SCVI, or an option does not exist.
         ValueError
-            If there is no ``labels_key``, or the cells do not fit ``scvi_model``.
+            If there is no ``labels_key``, the cells do not fit ``scvi_model``, or that has dispersions of other labels.
         RuntimeError
             If ``scvi_model`` has no counts.
 
@@ -246,14 +249,12 @@ class SCANVI(Model):
         for name in taken_over.keys() & scanvi_kwargs.keys():
             if scanvi_kwargs.pop(name) != taken_over[name]:
                 warn(f"{name} is that of scvi_model, {taken_over[name]!r}: its weights are taken over.")
-        if taken_over["dispersion"] == "gene-label":
-            raise ValueError(
-                "scvi_model has dispersion='gene-label', and the labels of SCANVI are others: cells without one come "
-                "last. Train SCANVI(adata, dispersion='gene-label', ...) from scratch."
-            )
         adata = cls._register_like(scvi_model, unlabeled_category, labels_key, adata)
         model = cls(adata, **taken_over, **scanvi_kwargs)
-        model.module.load_state_dict(scvi_model.module.state_dict(), strict=False)
+        state = scvi_model.module.state_dict()
+        if taken_over["dispersion"] == "gene-label":
+            state["log_theta"] = _by_label(state["log_theta"], scvi_model.registry, model.registry)
+        model.module.load_state_dict(state, strict=False)
         model.to_device(scvi_model.device)
         model._is_pretrained = scvi_model.is_trained
         return model
@@ -375,3 +376,15 @@ class SCANVI(Model):
         return Supervision(names, n_per_label=n_per_label)
 
     _is_pretrained = False  #: by SCVI, after which a few epochs will do
+
+
+def _by_label(log_theta_lg: Tensor, old: Registry, new: Registry) -> Tensor:
+    """Dispersions in the order of other labels; cells without a label that had no dispersion get the mean of all."""
+    row_of = {str(name): row for name, row in zip(old.categories("label_n"), log_theta_lg, strict=True)}
+    *known, unlabeled = map(str, new.categories("label_n"))
+    if missing := [name for name in known if name not in row_of]:
+        raise ValueError(
+            f"scvi_model has dispersion='gene-label', and learned none for the label {listing(missing)}: give it the "
+            "labels_key of scvi_model, or train SCANVI(adata, dispersion='gene-label', ...) from scratch."
+        )
+    return torch.stack([row_of[name] for name in known] + [row_of.get(unlabeled, log_theta_lg.mean(0))])
