@@ -10,8 +10,8 @@ from scipy import stats
 from test_golden import answers, recording
 
 import scvi_lite
-from scvi_lite.model import CondSCVI
-from scvi_lite.model.condscvi import cluster
+from scvi_lite.analysis.cell_types import cluster
+from scvi_lite.model import CondSCVI, DestVI
 from scvi_lite.nn.conditional import LabelMixture
 
 CASE = SHARED / "golden" / "condscvi"
@@ -119,6 +119,37 @@ def test_rare_types_count_as_much():
     assert float(losses[1].total) > 2 * float(losses[0].total)
 
 
+def test_given_weights(tmp_path):
+    model = small(ct_weight=np.array([1.0, 2, 3]), extra_encoder_kwargs={}, extra_decoder_kwargs={})
+    assert model.module.label_weight_l.tolist() == [1, 2, 3]
+    model.save(tmp_path / "model")
+    assert CondSCVI.load(tmp_path / "model", model.adata).module.label_weight_l.tolist() == [1, 2, 3]
+
+
+def test_one_type():
+    """Without labels; DestVI then finds states alone."""
+    with pytest.warns(UserWarning, match="all cells count as one type"):
+        model = small({"labels_key": None}, prior="mog")
+    model.train(max_epochs=1, **SILENT)
+    assert model.get_vamp_prior()["mean_vprior"].shape == (1, 10, 3)
+    assert model.confusion_coarse_celltypes().shape == (1, 1)
+    spots = DestVI.from_rna_model(model.adata, model)
+    spots.train(max_epochs=1, **SILENT)
+    assert (spots.get_proportions() == 1).all(axis=None)
+
+
+def test_one_fine_label():
+    adata = scvi_lite.data.synthetic_iid(batch_size=40, n_genes=12)
+    adata.obs["fine"] = np.where(np.arange(80) % 2, "known", "unlabeled")
+    CondSCVI.setup_anndata(adata, labels_key="labels", fine_labels_key="fine")
+    model = CondSCVI(adata, n_hidden=8, n_latent=3)
+    model.train(max_epochs=1, **SILENT)
+    assert set(model.predict()) == {"known"}
+    adata.obs["fine"] = "unlabeled"
+    with pytest.raises(ValueError, match="a label is needed"):
+        CondSCVI.setup_anndata(adata, labels_key="labels", fine_labels_key="fine")
+
+
 def test_fine_labels_are_found(two_by_two):
     CondSCVI.setup_anndata(two_by_two, labels_key="kind", fine_labels_key="fine")
     model = CondSCVI(two_by_two, n_hidden=32, n_latent=2)
@@ -157,10 +188,12 @@ def test_a_prior_finds_the_states_of_a_type(two_by_two):
 @pytest.mark.parametrize(
     "make, error, message",
     [
-        (lambda: small({"labels_key": None}), ValueError, "labels_key is needed"),
         (lambda: small({"labels_key": "lables"}), KeyError, "Did you mean 'labels'"),
         (lambda: small(prior="mixture"), ValueError, "prior='mixture'"),
         (lambda: small(prior_classes=3), TypeError, "no option 'prior_classes'"),
+        (lambda: small(ct_weight=[1, 2]), ValueError, "each of the 3 cell types"),
+        (lambda: small(ct_weight=[1, 2, 3], weight_obs=True), ValueError, "weight_obs=False"),
+        (lambda: small(extra_encoder_kwargs={"bias": False}), TypeError, "layers are chosen by"),
         (lambda: small(num_classes_mog=0), ValueError, "num_classes_mog=0"),
         (lambda: small(weight_obs="yes"), ValueError, "weight_obs='yes'"),
         (lambda: small().predict(), RuntimeError, "fine_labels_key"),

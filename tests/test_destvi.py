@@ -162,6 +162,43 @@ def test_fine_cell_types(sc_model):
         model.get_fine_celltypes(reference({"labels_key": "batch", "fine_labels_key": "fine"}))
 
 
+def smoothed(sc_model, smoothed_layer="smooth", **options):
+    adata = spots()
+    adata.layers["smooth"] = np.repeat(adata.X.reshape(12, 2, -1).mean(1), 2, axis=0)  # pairs of neighbours
+    return DestVI.from_rna_model(adata, sc_model, anndata_setup_kwargs={"smoothed_layer": smoothed_layer}, **options)
+
+
+def test_neighbours_are_drawn_together(simulated, tmp_path):
+    sc_model, tissue, *_ = simulated
+    tissue = tissue.copy()
+    tissue.layers["smooth"] = np.repeat(tissue.X.reshape(40, 2, -1).mean(1), 2, axis=0)
+    distances = []
+    for weight in (0.0, 1000.0):
+        torch.manual_seed(0)
+        setup = {"smoothed_layer": "smooth"}
+        model = DestVI.from_rna_model(tissue, sc_model, anndata_setup_kwargs=setup, extra_encoder_kwargs={})
+        plan = {"weighting_smoothing": weight, "lr": 1e-2}
+        model.train(max_epochs=20, batch_size=20, n_epochs_kl_warmup=5, plan_kwargs=plan, **SILENT)
+        pairs = model.get_proportions().to_numpy().reshape(40, 2, -1)
+        distances.append(np.abs(pairs[:, 0] - pairs[:, 1]).mean())
+    assert distances[0] > 0.1 and distances[1] < 0.5 * distances[0]
+    model.save(tmp_path / "model")
+    loaded = DestVI.load(tmp_path / "model", tissue)
+    np.testing.assert_array_equal(loaded.get_proportions(), model.get_proportions())
+
+
+def test_cost_of_the_neighbourhood(sc_model):
+    """The KL of the proportions from those found in the neighbourhood, mean over spots; in the units of the loss."""
+    model = smoothed(sc_model)
+    model.is_trained = True
+    (batch,) = model._minibatches()
+    plain, weighted = (model.module.loss(batch, weighting_smoothing=w).total.item() for w in (0.0, 10.0))
+    shares = model.get_proportions(keep_additional=True).to_numpy().astype(float)
+    model.adata.X = model.adata.layers["smooth"]
+    around = model.get_proportions(keep_additional=True).to_numpy().astype(float)
+    assert (weighted - plain) / 10 == pytest.approx((around * np.log(around / shares)).sum(1).mean(), rel=1e-2)
+
+
 def test_genes_in_another_order(sc_model):
     shuffled = spots()[:, ::-1].copy()
     with pytest.warns(UserWarning, match="another order"):
@@ -214,6 +251,9 @@ def test_resumed_equals_uninterrupted(sc_model, tmp_path):
         (lambda m: DestVI.from_rna_model(spots(), m).train(plan_kwargs={"l1_reg": 1}), TypeError, "no option 'l1_reg'"),
         (lambda m: DestVI.from_rna_model(spots(), m).train(plan_kwargs={"eta_reg": -1}), ValueError, "eta_reg=-1"),
         (lambda m: DestVI(spots(), m), TypeError, "DestVI.from_rna_model"),
+        (lambda m: DestVI.from_rna_model(spots(), m, eps_v=0.002), TypeError, "the loss of scvi-tools does not depend"),
+        (lambda m: smoothed(m, smoothed_layer="smoth"), KeyError, "Did you mean 'smooth'"),
+        (lambda m: smoothed(m, amortization="latent"), ValueError, "smoothed_layer needs a network"),
     ],
 )
 def test_refuses(make, error, message, sc_model):

@@ -117,6 +117,7 @@ class Batch:
     qz_loc_nk: Tensor | None = None  #: (n, k) stored posterior mean of a minified data set
     qz_scale_nk: Tensor | None = None  #: (n, k) stored posterior standard deviation
     peaks: Counts | None = None  #: counts of chromatin regions
+    smoothed: Counts | None = None  #: counts of the neighbourhood of a spot
     proteins_np: Tensor | None = None  #: (n, p) counts of proteins
     panel_n: Tensor | None = None  #: (n,) int64: code of the protein panel
     has_x_n: Tensor | None = None  #: (n,) bool: cells that have these counts, not a row of zeros for want of them;

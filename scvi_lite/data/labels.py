@@ -23,9 +23,9 @@ class Labels(Categorical):
 
     kind = "labels"
 
-    def __init__(self, name: str, argument: str, key: str, unlabeled: Any):
+    def __init__(self, name: str, argument: str, key: str, unlabeled: Any, least: int = 2):
         super().__init__(name, argument, key)
-        self.unlabeled = unlabeled
+        self.unlabeled, self.least = unlabeled, least
 
     def register(self, adata: AnnData) -> dict[str, Any]:
         if not isinstance(self.unlabeled, str | int | float) or self.unlabeled != self.unlabeled:  # NaN is no name
@@ -35,9 +35,10 @@ class Labels(Categorical):
             )
         found = categories_of(adata, self.argument, self.key)
         known = [name for name in found if text_of(name) != text_of(self.unlabeled)]
-        if len(known) < 2:
+        if len(known) < self.least:
+            needed = "two labels are needed to tell apart" if self.least == 2 else "a label is needed"
             raise ValueError(
-                f"{self.argument}={self.key!r}: two labels are needed to tell apart, and {listing(known)} is all that "
+                f"{self.argument}={self.key!r}: {needed}, and {listing(known)} is all that "
                 f"adata.obs[{self.key!r}] has beside {self.unlabeled!r}. Without labels: SCVI, or CondSCVI "
                 "without fine_labels_key."
             )

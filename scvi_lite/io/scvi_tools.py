@@ -118,8 +118,9 @@ def _column(argument: str, key: str, categories: Any) -> dict[str, Any]:
 def _registry(class_name: str, setup_args: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
     """The setup as :class:`scvi_lite.data.registry.Registry` has it."""
     ours: dict[str, Any] = {"x": {"kind": "matrix", **_matrix(fields, "X")}}
-    if "atac" in fields:
-        ours["peaks"] = {"kind": "matrix", **_matrix(fields, "atac")}
+    for name, theirs in (("peaks", "atac"), ("smoothed", "x_smoothed")):
+        if theirs in fields:
+            ours[name] = {"kind": "matrix", **_matrix(fields, theirs)}
     columns = (
         ("batch_n", "batch", "batch_key"),
         ("label_n", "labels", "labels_key"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -84,10 +84,10 @@ class Model(metaclass=SaysInstead):
     reads_mudata: ClassVar[bool] = False  #: whether it has ``setup_mudata``
     _is_query = False  #: whether it is made on top of a reference, which knows something before any training
 
-    def __init__(self, adata: AnnData, arguments: dict[str, Any]):
+    def __init__(self, adata: AnnData, arguments: dict[str, Any], known: Iterable[str] | None = None):
         if not (self.reads_mudata and is_mudata(adata)):
             registries.check_anndata(adata)
-        arguments = without_absent(type(self).__name__, arguments, ABSENT)
+        arguments = without_absent(type(self).__name__, arguments, ABSENT, known)
         self._build(adata, registries.find(adata, type(self).__name__), arguments)
 
     def _build(self, adata: AnnData, registry: Registry, arguments: dict[str, Any]) -> None:

@@ -5,31 +5,25 @@ Lopez et al. 2022, doi:10.1038/s41587-022-01272-8
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Self
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from scvi_lite.analysis.inputs import minibatch_size, to_numpy
-from scvi_lite.data.fields import Categorical, Categoricals, Continuouses, Matrix
+from scvi_lite.analysis import spots
+from scvi_lite.data.fields import Categorical, Categoricals, Continuouses, Field, Matrix
 from scvi_lite.data.genes import match_genes
 from scvi_lite.data.registry import find, setups_of
-from scvi_lite.errors import StateError, UnknownKeyError, as_options, check_options, listing, unknown
+from scvi_lite.errors import as_options, check_options, listing, without_absent
 from scvi_lite.model.base import Model
-from scvi_lite.model.condscvi import CondSCVI
-from scvi_lite.nn.deconvolution import SpotConfig, SpotModule, Spots
+from scvi_lite.model.reference import Reference, check_reference
+from scvi_lite.nn.deconvolution import SpotConfig, SpotModule
 from scvi_lite.train.plan import Plan
 
 if TYPE_CHECKING:
-    import pandas as pd
     from anndata import AnnData
-    from scipy.sparse import csr_matrix
 
-    from scvi_lite.data.batch import Batch
+    from scvi_lite.model.condscvi import CondSCVI
 
 NETWORK_OPTIONS = (
     "amortization",
@@ -41,9 +35,14 @@ NETWORK_OPTIONS = (
     "dropout_amortization",
     "n_latent_amortization",
 )
+ABSENT = {
+    "eps_v": "the loss of scvi-tools does not depend on it either",
+    "dropout_decoder": "the decoder of the reference is held, without dropout",
+}
 WEIGHTS = (
     "ct_sparsity_weight",
     "weighting_augmentation",
+    "weighting_smoothing",
     "eta_reg",
     "beta_reg",
     "weighting_kl_latent",
@@ -67,6 +66,8 @@ class DestVIPlan(Plan):
         Of the standard normal prior of the genes' shift between single cells and spots.
     weighting_augmentation
         Of the cost of spots mixed with simulated ones, a KL in nats.
+    weighting_smoothing
+        Of the KL of the proportions of a spot from those of its neighbourhood, where there is a ``smoothed_layer``.
     weighting_kl_latent
         Of the KL of the latent space that the networks read, with ``n_latent_amortization``.
     """
@@ -75,6 +76,7 @@ class DestVIPlan(Plan):
     n_epochs_kl_warmup: int | None = 200
     ct_sparsity_weight: float = 2.0
     weighting_augmentation: float = 1.0
+    weighting_smoothing: float = 100.0
     eta_reg: float = 1.0
     beta_reg: float = 1.0
     weighting_kl_latent: float = 0.001
@@ -90,43 +92,6 @@ class DestVIPlan(Plan):
     def loss_options(self) -> dict[str, Any]:
         """The weights of the terms of the loss."""
         return {name: getattr(self, name) for name in WEIGHTS}
-
-
-@dataclass
-class Reference:
-    """What DestVI takes over from a trained :class:`~scvi_lite.model.CondSCVI`."""
-
-    sizes: dict[str, Any]  #: names of the cell types, and sizes of the networks
-    state: dict[str, Tensor]  #: decoder, dispersion, prior of each cell type
-
-    @classmethod
-    def of(cls, sc_model: CondSCVI, p: int) -> Reference:
-        """From the model of the single cells; ``p`` components of the prior, where the model has no mixture."""
-        module, prior = sc_model.module, sc_model.get_vamp_prior(p=p)
-        theirs = {name: value.detach().cpu() for name, value in module.state_dict().items()}
-        state = {name: value for name, value in theirs.items() if name.startswith("decoder.")}
-        state |= {
-            "log_theta": theirs["log_theta"],
-            "prior_loc_lpk": torch.from_numpy(prior["mean_vprior"]),
-            "prior_var_lpk": torch.from_numpy(prior["var_vprior"]),
-            "prior_weight_lp": torch.from_numpy(prior["weights_vprior"]),
-        }
-        sizes = {
-            "cell_type_mapping": [str(name) for name in sc_model.registry.categories("label_n")],
-            "n_hidden": module.config.n_hidden,
-            "n_latent": module.config.n_latent,
-            "n_layers": module.config.n_layers,
-            "n_components": prior["mean_vprior"].shape[1],
-            "batch_embedding_dim": module.config.batch_embedding_dim,
-        }
-        return cls(sizes, state | {"batch_embedding": theirs["batch_embedding.weight"].mean(0)})
-
-    def fill(self, module: SpotModule) -> None:
-        """Put its weights into a new module; each batch of spots starts from the mean of the reference's batches."""
-        state = module.state_dict() | self.state
-        mean_d = state.pop("batch_embedding")
-        state["batch_embedding.weight"] = mean_d.expand_as(module.batch_embedding.weight)
-        module.load_state_dict(state)
 
 
 class DestVI(Model):
@@ -179,19 +144,37 @@ class DestVI(Model):
 
     plan = DestVIPlan()
 
+    get_proportions = spots.get_proportions
+    get_gamma = spots.get_gamma
+    get_scale_for_ct = spots.get_scale_for_ct
+    get_expression_for_ct = spots.get_expression_for_ct
+    get_latent_representation = spots.get_latent_representation
+    get_fine_celltypes = spots.get_fine_celltypes
+
     def __init__(self, st_adata: AnnData, reference: Reference, **network_options: Any):
         if not isinstance(reference, Reference):
             raise TypeError("A DestVI is made from a model of single cells: DestVI.from_rna_model(st_adata, sc_model).")
-        check_options("DestVI", network_options, NETWORK_OPTIONS)
-        super().__init__(st_adata, reference.sizes | network_options)
+        network_options = without_absent("DestVI", network_options, ABSENT)
+        super().__init__(st_adata, reference.sizes | network_options, (*reference.sizes, *NETWORK_OPTIONS))
         reference.fill(self.module)
 
     def _make_module(self, arguments: dict[str, Any]) -> SpotModule:
         options = dict(arguments)
         n_labels, r = len(options.pop("cell_type_mapping")), self.registry
-        check_options("DestVI", options, [field.name for field in fields(SpotConfig)])
+        check_options("DestVI", options, [field.name for field in fields(SpotConfig)])  # of a saved model
         sizes = dict(n_genes=r.n_features, n_spots=self.adata.n_obs, n_batches=r.n_batches, n_labels=n_labels)
-        return SpotModule(SpotConfig(**sizes, **options))
+        config = SpotConfig(**sizes, **options)
+        if "smoothed" in r.fields and not config.amortizes_proportions:
+            raise ValueError(
+                f"amortization={config.amortization!r}: smoothed_layer needs a network that finds the proportions of "
+                "a spot and of its neighbourhood. Make the model with amortization='both' or 'proportion'."
+            )
+        return SpotModule(config)
+
+    @property
+    def cell_type_mapping(self) -> list[str]:
+        """Names of the cell types, in the order of their codes."""
+        return list(self._arguments["cell_type_mapping"])
 
     @classmethod
     def from_rna_model(
@@ -228,10 +211,7 @@ class DestVI(Model):
         ValueError
             If genes of ``sc_model`` are missing in ``st_adata``.
         """
-        if not isinstance(sc_model, CondSCVI):
-            raise TypeError(f"sc_model is a {type(sc_model).__name__}; a trained CondSCVI is needed.")
-        if not sc_model.is_trained:
-            raise StateError("sc_model is not trained, so there is nothing to take over. Call sc_model.train() first.")
+        check_reference(sc_model)
         setup = anndata_setup_kwargs
         if setup is None and cls.__name__ in setups_of(st_adata):
             setup = find(st_adata, cls.__name__).setup_args
@@ -260,23 +240,18 @@ class DestVI(Model):
         plan_kwargs: Mapping[str, Any] | None = None,
         **trainer_kwargs: Any,
     ) -> None:
-        """Train the model, by default on all spots.
+        """Train the model, by default on all spots; as :meth:`scvi_lite.model.SCVI.train`, but for what follows.
 
         Parameters
         ----------
-        max_epochs
-            Passes over the spots.
-        lr
-            Learning rate.
+        max_epochs, lr
+            Passes over the spots, and learning rate.
+        train_size
+            Spots that are not trained on keep random parameters where ``amortization`` is not ``"both"``.
         n_epochs_kl_warmup
             Epochs in which the weight of the prior of the states, and of the penalties on proportions, grows to 1.
         plan_kwargs
             Options of :class:`DestVIPlan`, such as ``ct_sparsity_weight`` and ``eta_reg``, and those of all plans.
-        accelerator, devices, train_size, validation_size, shuffle_set_split, batch_size, datasplitter_kwargs
-            As in :meth:`scvi_lite.model.SCVI.train`. Spots that are not trained on keep random parameters where
-            ``amortization`` is not ``"both"``.
-        **trainer_kwargs
-            ``early_stopping``, ``strategy`` and all others, as in :meth:`scvi_lite.model.SCVI.train`.
 
         Raises
         ------
@@ -307,244 +282,16 @@ class DestVI(Model):
             )
         return checked
 
-    # Answers ----------------------------------------------------------------------------------------------------------
-
-    @property
-    def cell_type_mapping(self) -> list[str]:
-        """Names of the cell types, in the order of their codes."""
-        return list(self._arguments["cell_type_mapping"])
-
-    def _spots(self, indices: Any, batch_size: int | None, numbers_per_spot: int = 1) -> Iterator[tuple[Batch, Spots]]:
-        """Minibatches, and what their spots are made of."""
-        self._warn_if_untrained()
-        for batch in self._minibatches(None, indices, minibatch_size(batch_size, numbers_per_spot)):
-            yield batch, self.module.infer(batch)
-
-    def _frame(self, value: np.ndarray, indices: Any, columns: Any) -> pd.DataFrame:
-        import pandas as pd
-
-        return pd.DataFrame(value, self.adata.obs_names[self._rows(self.adata, indices)], columns)
-
-    def _code(self, label: str) -> int:
-        if str(label) not in self.cell_type_mapping:
-            message = unknown("label", label, self.cell_type_mapping, "a cell type of the reference", "Cell types")
-            raise UnknownKeyError(message)
-        return self.cell_type_mapping.index(str(label))
-
-    def get_proportions(
-        self,
-        keep_additional: bool = False,
-        normalize: bool = True,
-        indices: Any = None,
-        batch_size: int | None = None,
-    ) -> pd.DataFrame:
-        """Share of each cell type in each spot.
-
-        Parameters
-        ----------
-        keep_additional
-            Give the extra cell types too, as ``additional_0``, ...
-        normalize
-            Without the extra types, scale the others so that they sum to 1.
-        indices
-            Row numbers, in any order, or a mask; all spots by default.
-        batch_size
-            Spots in a minibatch.
-
-        Returns
-        -------
-        pandas.DataFrame
-            Spots × cell types, float32.
-
-        Raises
-        ------
-        IndexError
-            If ``indices`` has rows that do not exist.
-        """
-        value_nt = to_numpy([spots.proportion_nt for _, spots in self._spots(indices, batch_size)])
-        names = self.cell_type_mapping
-        n_extra = value_nt.shape[1] - len(names)
-        if keep_additional:
-            return self._frame(value_nt, indices, names + [f"additional_{i}" for i in range(n_extra)])
-        value_nl = value_nt[:, : len(names)]
-        return self._frame(value_nl / value_nl.sum(1, keepdims=True) if normalize else value_nl, indices, names)
-
-    def get_gamma(
-        self, indices: Any = None, batch_size: int | None = None, return_numpy: bool = False
-    ) -> dict[str, pd.DataFrame] | np.ndarray:
-        """Place of each cell type of each spot in the latent space of the reference, the mean over its states.
-
-        Parameters
-        ----------
-        indices, batch_size
-            As in :meth:`get_proportions`.
-        return_numpy
-            Give one array.
-
-        Returns
-        -------
-        dict or numpy.ndarray
-            For each cell type spots × latent dimensions; or (spots, latent dimensions, cell types).
-        """
-        z_nlk = to_numpy([spots.z_nlk for _, spots in self._spots(indices, batch_size)])
-        if return_numpy:
-            return z_nlk.transpose(0, 2, 1)
-        columns = [str(k) for k in range(z_nlk.shape[-1])]
-        return {name: self._frame(z_nlk[:, i], indices, columns) for i, name in enumerate(self.cell_type_mapping)}
-
-    def get_scale_for_ct(self, label: str, indices: Any = None, batch_size: int | None = None) -> pd.DataFrame:
-        """Expected expression of a cell type in the state it has in each spot, as proportions of genes.
-
-        Parameters
-        ----------
-        label
-            Name of the cell type.
-        indices, batch_size
-            As in :meth:`get_proportions`. Where the share of the type is small, its state is that of the prior.
-
-        Returns
-        -------
-        pandas.DataFrame
-            Spots × genes; rows sum to 1.
-
-        Raises
-        ------
-        KeyError
-            If the cell type is not in the reference; the nearest is named.
-        """
-        module, c = self.module, self.module.config
-        label_l = torch.tensor([self._code(label)], device=self.device)
-        parts = [
-            module.expression(spots, batch, label_l)[:, 0]
-            for batch, spots in self._spots(indices, batch_size, c.n_states * c.n_genes)
-        ]
-        return self._frame(to_numpy(parts), indices, self.get_var_names())
-
-    def get_expression_for_ct(
-        self, label: str, indices: Any = None, batch_size: int | None = None, return_sparse_array: bool = False
-    ) -> pd.DataFrame | csr_matrix:
-        """Counts of each spot that come from a cell type, in expectation: its share of the model's mean, gene by gene.
-
-        Parameters
-        ----------
-        label, indices, batch_size
-            As in :meth:`get_scale_for_ct`.
-        return_sparse_array
-            Give a sparse matrix, which makes no dense one.
-
-        Returns
-        -------
-        pandas.DataFrame or scipy.sparse.csr_matrix
-            Spots × genes. Summed over all cell types, and the extra ones, they are the counts.
-
-        Raises
-        ------
-        KeyError
-            If the cell type is not in the reference; the nearest is named.
-        """
-        from scipy import sparse
-
-        module, c, code = self.module, self.module.config, self._code(label)
-        label_l, parts = torch.tensor([code], device=self.device), []
-        for batch, spots in self._spots(indices, batch_size, c.n_states * c.n_labels * c.n_genes):
-            own_ng = spots.proportion_nt[:, code, None] * module.expression(spots, batch, label_l)[:, 0]
-            share_ng = own_ng / module.mean(spots, batch)
-            x = batch.x
-            value_m = x.value_m * share_ng[x.row_m, x.col_m]
-            coordinates = (part.cpu().numpy() for part in (value_m, x.col_m, x.start))
-            parts.append(sparse.csr_matrix(tuple(coordinates), shape=(batch.n_cells, c.n_genes)))
-        counts = sparse.vstack(parts, format="csr")
-        return counts if return_sparse_array else self._frame(counts.toarray(), indices, self.get_var_names())
-
-    def get_latent_representation(
-        self,
-        adata: AnnData | None = None,
-        indices: Any = None,
-        give_mean: bool = True,
-        batch_size: int | None = None,
-        return_dist: bool = False,
-    ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
-        """Position of each spot in the latent space that the networks read, with ``n_latent_amortization``.
-
-        Parameters
-        ----------
-        adata, indices, give_mean, batch_size, return_dist
-            As in :meth:`scvi_lite.model.SCVI.get_latent_representation`.
-
-        Returns
-        -------
-        numpy.ndarray or tuple
-            (n, k) float32; with ``return_dist`` mean and **variance**, (n, k) each.
-
-        Raises
-        ------
-        RuntimeError
-            If the model has no such latent space.
-        """
-        from scvi_lite.nn.normal import draw_normal
-
-        if not self.module.has_encoder:
-            raise StateError(
-                "The networks of this DestVI read counts, not a latent space of the spots. Make one that has it: "
-                "DestVI.from_rna_model(..., n_latent_amortization=10). The states of cell types are in get_gamma()."
-            )
-        self._warn_if_untrained()
-        posteriors = [
-            self.module.encoder(batch.x.map(torch.log1p)) for batch in self._minibatches(adata, indices, batch_size)
-        ]
-        if return_dist:
-            return to_numpy([loc for loc, _ in posteriors]), to_numpy([scale**2 for _, scale in posteriors])
-        return to_numpy([loc if give_mean else draw_normal(loc, scale) for loc, scale in posteriors])
-
-    @torch.inference_mode()
-    def get_fine_celltypes(
-        self, sc_model: CondSCVI, indices: Any = None, batch_size: int | None = None
-    ) -> pd.DataFrame:
-        """Share of each fine cell type in each spot: the fine labels of the states that the cell types are in.
-
-        Parameters
-        ----------
-        sc_model
-            The model of single cells that this one was made from, trained with ``fine_labels_key``.
-        indices, batch_size
-            As in :meth:`get_proportions`.
-
-        Returns
-        -------
-        pandas.DataFrame
-            Spots × fine labels; rows sum to 1.
-
-        Raises
-        ------
-        RuntimeError
-            If ``sc_model`` has no fine labels.
-        ValueError
-            If it has other cell types, or another latent space.
-        """
-        if not isinstance(sc_model, CondSCVI) or not sc_model.fine_labels:
-            raise StateError(
-                "sc_model has no fine labels. Give them at setup: CondSCVI.setup_anndata(cells, labels_key=..., "
-                "fine_labels_key=...), train it, and make this DestVI from it."
-            )
-        theirs = [str(name) for name in sc_model.registry.categories("label_n")]
-        if theirs != self.cell_type_mapping or sc_model.module.config.n_latent != self.module.config.n_latent:
-            raise ValueError(
-                f"sc_model is not the model that this DestVI was made from: its cell types are {listing(theirs)}, "
-                f"and here {listing(self.cell_type_mapping)}."
-            )
-        classifier, n_labels = sc_model.module.classifier.eval().to(self.device), len(theirs)
-        parts: list[Tensor] = []
-        for _, spots in self._spots(indices, batch_size):
-            prob_nslf = classifier(spots.z_nslk, self.module.label_l).softmax(-1)
-            share_nl = spots.proportion_nt[:, :n_labels]
-            share_nl = share_nl / share_nl.sum(1, keepdim=True)
-            parts.append(torch.einsum("nl,nsl,nslf->nf", share_nl, spots.state_nsl, prob_nslf))
-        return self._frame(to_numpy(parts), indices, sc_model.fine_labels)
-
     # Setup ------------------------------------------------------------------------------------------------------------
 
     @classmethod
-    def setup_anndata(cls, adata: AnnData, layer: str | None = None, batch_key: str | None = None) -> None:
+    def setup_anndata(
+        cls,
+        adata: AnnData,
+        layer: str | None = None,
+        smoothed_layer: str | None = None,
+        batch_key: str | None = None,
+    ) -> None:
         """Check the data and note what the model reads from them, in ``adata.uns["scvi_lite"]``.
 
         Parameters
@@ -553,6 +300,10 @@ class DestVI(Model):
             Raw counts of spots × genes: sparse, dense or backed.
         layer
             Layer that holds the counts; ``adata.X`` by default.
+        smoothed_layer
+            Layer that holds the counts of the neighbourhood of each spot, such as means over its neighbours. The
+            proportions of a spot are then drawn towards those which the network finds there: see
+            ``weighting_smoothing`` of :class:`DestVIPlan`.
         batch_key
             Column of ``adata.obs``: the batch, as of several slices.
 
@@ -563,11 +314,13 @@ class DestVI(Model):
         ValueError
             If counts are negative, NaN or infinite, values are missing, or names repeat.
         """
-        fields_ = [
+        fields_: list[Field] = [
             Matrix("x", layer),
             Categorical("batch_n", "batch_key", batch_key),
             Categorical("label_n", "labels_key", None),
             Categoricals("cats_nc", "categorical_covariate_keys", None),
             Continuouses("conts_nd", "continuous_covariate_keys", None),
         ]
-        cls._register(adata, fields_, dict(layer=layer, batch_key=batch_key))
+        if smoothed_layer is not None:
+            fields_.append(Matrix("smoothed", smoothed_layer, counts=False))
+        cls._register(adata, fields_, dict(layer=layer, smoothed_layer=smoothed_layer, batch_key=batch_key))

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from scvi_lite.analysis import abundance, differential, expression, importance, latent, likelihood, minify, predictive
 from scvi_lite.data.fields import Categorical, Categoricals, Continuouses, Matrix
-from scvi_lite.errors import check_options
 from scvi_lite.model import query
 from scvi_lite.model.base import Model
 from scvi_lite.model.scvi import SCVIModule
@@ -169,7 +168,6 @@ class LinearSCVI(Model):
         latent_distribution: str = "normal",
         **network_options: Any,
     ):
-        check_options("LinearSCVI", network_options, NETWORK_OPTIONS)
         given = dict(
             n_hidden=n_hidden,
             n_latent=n_latent,
@@ -180,7 +178,7 @@ class LinearSCVI(Model):
             use_observed_lib_size=use_observed_lib_size,
             latent_distribution=latent_distribution,
         )
-        super().__init__(adata, given | network_options)
+        super().__init__(adata, given | network_options, (*given, *NETWORK_OPTIONS))
 
     def _make_module(self, arguments: dict[str, Any]) -> LinearSCVIModule:
         use_batch_norm = arguments.get("use_batch_norm", True)

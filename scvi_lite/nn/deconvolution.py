@@ -198,8 +198,13 @@ class SpotModule(Module):
         return scale_ng if self.eta_ag is None else scale_ng + share_na @ self.eta_ag.softmax(-1)
 
     def prior(self) -> LabelMixture:
-        """The prior of the state of each cell type, from the reference."""
-        return LabelMixture(self.prior_loc_lpk, self.prior_var_lpk.sqrt(), self.prior_weight_lp.log())
+        """The prior of the state of each cell type, from the reference.
+
+        Where a type may have several states, its variances stand for standard deviations, as in scvi-tools: states
+        of spots, of which there is less to see, stay closer to those of single cells.
+        """
+        scale_lpk = self.prior_var_lpk if self.config.prior_mode == "mog" else self.prior_var_lpk.sqrt()
+        return LabelMixture(self.prior_loc_lpk, scale_lpk, self.prior_weight_lp.log())
 
     # Training ---------------------------------------------------------------------------------------------------------
 
@@ -209,6 +214,7 @@ class SpotModule(Module):
         kl_weight: float | Tensor = 1.0,
         ct_sparsity_weight: float = 2.0,
         weighting_augmentation: float = 1.0,
+        weighting_smoothing: float = 100.0,
         eta_reg: float = 1.0,
         beta_reg: float = 1.0,
         weighting_kl_latent: float = 0.001,
@@ -231,6 +237,9 @@ class SpotModule(Module):
         if self.training and self.config.augmentation and self.config.amortizes_proportions:
             augmented_n = self.augmented(batch, spots)
             total = total + weighting_augmentation * augmented_n.mean()
+        if batch.smoothed is not None:
+            around_nt = self.proportions(self.read(batch.smoothed.x_ng)[0], batch.row_n).log_softmax(-1)
+            total = total + weighting_smoothing * F.kl_div(log_v_nt, around_nt, reduction="batchmean", log_target=True)
         extra = {"v_sparsity": penalty_n.sum(), "augmentation": augmented_n.sum()}
         return Loss(total, reconstruction_n.sum(), kl_n.sum(), batch.n_cells, extra)
 

@@ -20,13 +20,14 @@ DECODER: Rules = [
 
 def translate(weights: dict[str, Any], setup: Setup) -> dict[str, Tensor]:
     """CondSCVI: encoder, decoder, prior, perhaps a classifier of fine labels."""
+    weighted = setup.arguments.get("weight_obs", False) or setup.arguments.get("ct_weight") is not None
     rules: Rules = [
         *encoder("z_encoder", "encoder"),
         *DECODER,
         ("prior_means", "prior_loc_lpk"),
         ("prior_log_std", "prior_log_scale_lpk"),
         ("prior_logits", "prior_logit_lp"),
-        ("ct_weight", "label_weight_l" if setup.arguments.get("weight_obs", False) else None),
+        ("ct_weight", "label_weight_l" if weighted else None),
         *hidden("linear_mapping", "classifier"),
         (r"classifier\.classifier\.0", "classifier.logits"),
     ]
