@@ -30,6 +30,8 @@ def kl_normal(loc: Tensor, scale: Tensor, prior_loc: Tensor | float = 0.0, prior
     >>> kl_normal(torch.zeros(1), torch.ones(1))
     tensor([0.])
     """
+    variance = scale * scale
+    if isinstance(prior_loc, float) and isinstance(prior_var, float) and (prior_loc, prior_var) == (0.0, 1.0):
+        return 0.5 * (variance + loc * loc - 1) - scale.log()
     prior_var = torch.as_tensor(prior_var, device=loc.device, dtype=loc.dtype)
-    variance = scale**2
     return 0.5 * ((variance + (loc - prior_loc) ** 2) / prior_var - 1 - variance.log() + prior_var.log())
