@@ -148,14 +148,15 @@ def minibatch_size(batch_size: int | None, numbers_per_cell: int) -> int:
     """Cells in a minibatch: as asked for, else as many as keep temporary arrays small.
 
     >>> minibatch_size(None, 100), minibatch_size(None, 1 << 16), minibatch_size(7, 1 << 16)
-    (1024, 32, 7)
+    (1024, 64, 7)
     """
     if batch_size is None:
         batch_size = settings.batch_size
     if batch_size is not None:
         whole_number(batch_size=batch_size)
         return int(batch_size)
-    return max(1, min(MAX_BATCH, NUMBERS_AT_ONCE // max(1, numbers_per_cell)))
+    # Twice the size: a product reads its weights once for each minibatch.
+    return max(1, min(MAX_BATCH, 2 * NUMBERS_AT_ONCE // max(1, numbers_per_cell)))
 
 
 def draw(rows: np.ndarray, n: int) -> np.ndarray:
