@@ -225,7 +225,8 @@ class Model(metaclass=SaysInstead):
         preset
             ``"fast"``: a ninth of the epochs, and 2,500 minibatches of 128 cells or more, at a higher learning rate
             that falls to zero, with a KL warm-up over half of them. ``max_epochs``, ``max_steps`` and ``plan_kwargs``
-            count where they are given too. Not what to compare with a training by scvi-tools.
+            count where they are given too. For a first look, not for results: it ends short of a full training, and
+            mixes strongly different batches much less.
         **trainer_kwargs
             Every other option of ``lightning.Trainer`` (``precision``, ``callbacks``, ``logger``, ``num_nodes``,
             ``gradient_clip_val``, ...); ``enable_checkpointing=True`` with ``checkpointing_monitor``, which keeps the
