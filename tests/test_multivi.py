@@ -112,7 +112,7 @@ def test_recorded_answers_with_proteins():
         proteins = model.module.decode_proteins(q.z_loc_nk, batch)
         found = {
             "z_joint": q.z_loc_nk,
-            "z_protein": model.module.encode_each(batch)[2].z_loc_nk,
+            "z_protein": model.module.encode_each(batch)["protein"].z_loc_nk,
             "variance": q.z_scale_nk**2,
             "mu": model.module.decode(q.z_loc_nk, model.module.library(batch, q), batch).mu_ng,
             "background": proteins.back_loc_np,
@@ -320,10 +320,8 @@ def test_divergences():
 
 def test_bad_input():
     mdata, rna, atac, _ = mosaic()
-    with pytest.raises(ValueError, match="which modality atac_layer is for"):
-        MULTIVI.setup_mudata(mdata, modalities={"rna_layer": "rna"})
-    with pytest.raises(ValueError, match="TOTALVI for genes and proteins"):
-        MULTIVI.setup_mudata(mdata, modalities={"rna_layer": "rna", "protein_layer": "atac"})
+    with pytest.raises(ValueError, match="neither RNA nor chromatin"):
+        MULTIVI.setup_mudata(mdata, modalities={"protein_layer": "rna"})
     with pytest.raises(ValueError, match="both for 'rna'"):
         MULTIVI.setup_mudata(mdata, modalities=WHERE | {"atac_layer": "rna"})
     with pytest.raises(KeyError, match="Did you mean 'atac'"):
@@ -331,8 +329,8 @@ def test_bad_input():
     MULTIVI.setup_mudata(mdata, modalities=WHERE)
     with pytest.raises(ValueError, match="Did you mean 'Jeffreys'"):
         MULTIVI(mdata, modality_penalty="jeffreys")
-    with pytest.raises(ValueError, match="n_genes=7: the data have 20"):
-        MULTIVI(mdata, n_genes=7)
+    with pytest.raises(ValueError, match="n_genes=27: the data have 20"):
+        MULTIVI(mdata, n_genes=27)
     with pytest.raises(ValueError, match="modality_weights='same'"):
         MULTIVI(mdata, modality_weights="same")
     both = anndata.concat([rna, atac], axis=1)
@@ -341,10 +339,11 @@ def test_bad_input():
         MULTIVI(both)
     with pytest.raises(ValueError, match="do not add up to the 50 variables"):
         MULTIVI(both, n_genes=20, n_regions=20)
-    with pytest.raises(ValueError, match="MULTIVI is for both.*without genes, PEAKVI"):
-        MULTIVI(both, n_regions=50)
-    with pytest.raises(KeyError, match=r"size_factor_key=\['has', 'has'\] is not a column of mdata.obs"):
-        MULTIVI.setup_mudata(mdata, size_factor_key=["has", "has"], modalities=WHERE)
+    with pytest.raises(ValueError, match="size_factor_key=.*one for RNA, one for chromatin"):
+        MULTIVI.setup_mudata(mdata, size_factor_key=["has", "has", "has"], modalities=WHERE)
+    mdata.obs["total"] = 7.0
+    with pytest.raises(ValueError, match="'total' is for chromatin.*up to 7. Divide"):
+        MULTIVI.setup_mudata(mdata, size_factor_key=["total", "total"], modalities=WHERE)
     both.var["feature_types"] = pd.Series(["Peaks"] * N_REGIONS + ["Gene Expression"] * N_GENES, index=both.var_names)
     with pytest.raises(ValueError, match="genes must come first"):
         MULTIVI(both)
@@ -490,3 +489,72 @@ def test_minified(joined, tmp_path):
     ):
         with pytest.raises(RuntimeError, match="minified without"):
             question()
+
+
+@pytest.mark.parametrize("kinds", [("rna",), ("atac",), ("rna", "protein"), ("atac", "protein")])
+def test_without_a_modality(kinds, tmp_path):
+    """As a model of all, of what there is; what is not there is refused."""
+    rna, atac, kind = two_types(120)
+    counts = np.random.default_rng(2).poisson([[60.0, 4.0], [4.0, 60.0]], (60, 2, 2)).reshape(120, 2)
+    protein = anndata.AnnData(counts.astype(np.float32), obs=rna.obs.copy(), var=pd.DataFrame(index=["CD1", "CD2"]))
+    mdata = MuData({"rna": rna, "atac": atac, "protein": protein})
+    MULTIVI.setup_mudata(mdata, modalities={f"{name}_layer": name for name in kinds})
+    torch.manual_seed(0)
+    model = MULTIVI(mdata, n_hidden=16, n_latent=3, modality_weights="universal")
+    model.train(40, lr=5e-3, batch_size=30, n_epochs_kl_warmup=10, early_stopping=False, **SILENT)
+    z_nk = model.get_latent_representation()
+    centres = [z_nk[kind == k].mean(0) for k in (0, 1)]
+    assert (np.argmin([((z_nk - centre) ** 2).sum(1) for centre in centres], axis=0) == kind).mean() > 0.9
+    names = {"rna": "expression", "atac": "accessibility", "protein": "protein"}
+    there = {f"reconstruction_loss_{names[name]}" for name in kinds}
+    assert set(model.get_reconstruction_error()) == there
+    assert float(model.get_marginal_ll(n_mc_samples=20)) > float(model.get_elbo())
+    factors, errors = model.get_library_size_factors(), []
+    for name, ask in (
+        ("rna", model.get_normalized_expression),
+        ("atac", model.get_normalized_accessibility),
+        ("rna", lambda: model.differential_expression(idx1=[0, 1], idx2=[2, 3], silent=True).T),
+        ("atac", lambda: model.differential_accessibility(idx1=[0, 1], idx2=[2, 3], silent=True).T),
+        ("atac", lambda: model.get_region_factors()[None]),
+        ("protein", model.get_protein_foreground_probability),
+    ):
+        if name in kinds:
+            assert ask().shape[1] == mdata[name].n_vars
+        else:
+            errors.append(name)
+            with pytest.raises(RuntimeError, match=f"has no (genes|regions|proteins).*{name}_layer"):
+                ask()
+    assert errors
+    assert np.isnan(factors["expression"]).all() == ("rna" not in kinds)
+    assert np.isnan(factors["accessibility"]).all() == ("atac" not in kinds)
+    model.save(tmp_path / "model", save_anndata=True)
+    np.testing.assert_array_equal(MULTIVI.load(tmp_path / "model").get_latent_representation(), z_nk)
+
+
+def test_genes_and_proteins_of_an_anndata():
+    rna, _, _ = two_types(40)
+    rna.obsm["protein"] = np.random.default_rng(0).poisson(5.0, (40, 3)).astype(np.float32)
+    MULTIVI.setup_anndata(rna, protein_expression_obsm_key="protein")
+    model = MULTIVI(rna, n_genes=N_GENES, n_regions=0, n_hidden=8, n_latent=2)
+    model.train(1, **SILENT)
+    assert model.get_normalized_expression().shape == (40, N_GENES)
+    with pytest.raises(RuntimeError, match="has no regions"):
+        model.get_normalized_accessibility()
+
+
+def test_first_features_and_given_depth(tmp_path):
+    """Of a MuData only the first genes and regions, and depths that are given and not learned."""
+    rna, atac, _ = two_types(40)
+    mdata = MuData({"rna": rna, "atac": atac})
+    mdata.obs["total"], mdata.obs["depth"] = np.arange(1.0, 41), np.arange(1.0, 41) / 40
+    MULTIVI.setup_mudata(mdata, size_factor_key=["total", "depth"], modalities=WHERE)
+    with pytest.warns(UserWarning, match="n_genes=7 of 20|n_regions=25 of 30"):
+        model = MULTIVI(mdata, n_genes=7, n_regions=25, n_hidden=8, n_latent=2)
+    model.train(1, **SILENT)
+    model.save(tmp_path / "model", save_anndata=True)
+    for answering in (model, MULTIVI.load(tmp_path / "model")):
+        assert answering.get_normalized_expression().columns.tolist() == rna.var_names[:7].tolist()
+        assert answering.get_normalized_accessibility().columns.tolist() == atac.var_names[:25].tolist()
+        factors = answering.get_library_size_factors()
+        np.testing.assert_allclose(factors["expression"], mdata.obs["total"], rtol=1e-5)
+        np.testing.assert_allclose(factors["accessibility"], mdata.obs["depth"], rtol=1e-4)

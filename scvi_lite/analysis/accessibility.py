@@ -228,9 +228,10 @@ def get_region_factors(model: Model) -> np.ndarray:
 
 
 def _region_factors(model: Model) -> Tensor:
-    if model.module.factor_r is None:
+    factor_r = model.module.factor_r if model._region_names else None
+    if factor_r is None:
         raise StateError("The model was made with region_factors=False, and has none.")
-    return model.module.factor_r.detach().sigmoid()
+    return factor_r.detach().sigmoid()
 
 
 def _check_depth(model: Model) -> None:

@@ -153,7 +153,7 @@ def get_marginal_ll(
 def log_evidence(model: Model, batch: Batch, n_samples: int, n_samples_per_pass: int | None = None) -> Tensor:
     """log p(x) of a minibatch by importance sampling from the posterior, (n,)."""
     q = model.module.encode(batch)
-    per_pass = n_samples_per_pass or max(1, NUMBERS_AT_ONCE // (batch.n_cells * batch.x.n_features))
+    per_pass = n_samples_per_pass or max(1, NUMBERS_AT_ONCE // (batch.n_cells * max(1, batch.x.n_features)))
     total_n = torch.full((batch.n_cells,), -math.inf, device=batch.total_n.device)
     for done in range(0, n_samples, per_pass):
         log_w_sn = _log_weights(model, batch, q, min(per_pass, n_samples - done))

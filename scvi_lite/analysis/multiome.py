@@ -25,7 +25,6 @@ from scvi_lite.analysis.inputs import (
 from scvi_lite.analysis.latent import positions
 from scvi_lite.analysis.proteins import answer, protein_positions
 from scvi_lite.errors import StateError, unknown, warn
-from scvi_lite.nn.multivi import has
 from scvi_lite.nn.vae import Posterior
 
 if TYPE_CHECKING:
@@ -37,8 +36,6 @@ if TYPE_CHECKING:
     from scvi_lite.model.base import Model
 
     Data: TypeAlias = AnnData | MuData
-
-MODALITIES = ("joint", "expression", "accessibility", "protein")
 
 
 def get_latent_representation(
@@ -78,15 +75,14 @@ def get_latent_representation(
         If ``indices`` has rows that do not exist.
     """
     module = model.module
-    known = MODALITIES if module.config.n_proteins else MODALITIES[:3]
+    known = ("joint", *module.config.modalities)
     if modality not in known:
         raise ValueError(unknown("modality", modality, known))
     if modality != "joint":
         needs_counts(model, f"modality={modality!r}")
-    place = known.index(modality) - 1
 
     def one_alone(batch: Batch) -> Posterior:
-        q, has_n1 = module.encode_each(batch)[place], module.present(batch)[:, place, None]
+        q, has_n1 = module.encode_each(batch)[modality], module.present(batch)[modality][:, None]
         return replace(q, z_loc_nk=torch.where(has_n1, q.z_loc_nk, torch.nan))
 
     encode = module.encode if modality == "joint" else one_alone
@@ -208,7 +204,7 @@ def get_library_size_factors(
     dict
         ``"expression"``: what the proportions of genes are multiplied by (the exponential of the log library that
         scvi-tools gives); ``"accessibility"``: the share of a cell's accessible regions that is found open. NaN for
-        cells that lack the modality.
+        cells that lack the modality, as all do of one that is not modelled.
 
     Raises
     ------
@@ -218,12 +214,15 @@ def get_library_size_factors(
     needs_counts(model, "The size factors of cells")
     model._warn_if_untrained()
     module = model.module
-    factors: dict[str, list[Tensor]] = {"expression": [], "accessibility": []}
+    factor_of = {
+        "expression": lambda batch: module.library(batch, module.encode(batch)).exp(),
+        "accessibility": lambda batch: module.depth(batch).sigmoid(),
+    }
+    factors: dict[str, list[Tensor]] = {name: [] for name in factor_of}
     for batch in model._minibatches(adata, indices, batch_size):
-        library_n = module.library(batch, module.encode(batch)).exp()
-        factors["expression"].append(torch.where(has(batch.x, batch.has_x_n), library_n, torch.nan))
-        depth_n = module.depth(batch).sigmoid()
-        factors["accessibility"].append(torch.where(has(batch.peaks, batch.has_peaks_n), depth_n, torch.nan))
+        has_n, nothing_n = module.present(batch), torch.full_like(batch.total_n, torch.nan)
+        for name, factor in factor_of.items():
+            factors[name].append(torch.where(has_n[name], factor(batch), torch.nan) if name in has_n else nothing_n)
     return {name: to_numpy(parts) for name, parts in factors.items()}
 
 

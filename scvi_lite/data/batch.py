@@ -114,6 +114,7 @@ class Batch:
     cats_nc: Tensor  #: (n, c) int64: codes of the c categorical covariates
     conts_nd: Tensor  #: (n, d) float32: d continuous covariates
     size_factor_n: Tensor | None = None  #: (n,) given size factors
+    depth_n: Tensor | None = None  #: (n,) given shares of accessible regions that are found
     qz_loc_nk: Tensor | None = None  #: (n, k) stored posterior mean of a minified data set
     qz_scale_nk: Tensor | None = None  #: (n, k) stored posterior standard deviation
     peaks: Counts | None = None  #: counts of chromatin regions

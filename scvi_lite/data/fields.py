@@ -68,12 +68,20 @@ class Matrix(Field):
     parts = {"layer": str | None}
     has_features = True
 
-    def __init__(self, name: str, layer: str | None, counts: bool = True, modality: str | None = None):
+    def __init__(
+        self,
+        name: str,
+        layer: str | None,
+        counts: bool = True,
+        modality: str | None = None,
+        columns: list[int] | None = None,
+    ):
         super().__init__(name, modality)
         self.layer, self.counts = layer, counts
+        self.columns = {} if columns is None else {"columns": columns}
 
     def register(self, adata: Data) -> dict[str, Any]:
-        state = self.state(layer=self.layer, counts=self.counts)
+        state = self.state(layer=self.layer, counts=self.counts, **self.columns)
         self.check(adata, state)
         return state
 

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
 from scvi_lite.analysis import abundance, accessibility, differential, latent, likelihood, minify, multiome
 from scvi_lite.data.batch import Batch
-from scvi_lite.data.fields import Categorical, Matrix, check_keys, columns_of_obs
-from scvi_lite.data.modalities import read_modalities
+from scvi_lite.data.fields import Categorical, Continuous, Matrix, check_keys, columns_of_obs
+from scvi_lite.data.modalities import part_of, read_modalities
 from scvi_lite.data.multiome import GENES, genes_of
 from scvi_lite.data.proteins import Proteins
 from scvi_lite.data.registry import Registry
-from scvi_lite.errors import as_options, listing, without_absent
+from scvi_lite.errors import StateError, as_options, listing, warn, without_absent
 from scvi_lite.model import query
 from scvi_lite.model.base import ABSENT, Model
 from scvi_lite.nn.accessibility import default_sizes
@@ -41,10 +42,12 @@ class MULTIVI(Model):
     Parameters
     ----------
     adata
-        MuData set up with :meth:`setup_mudata`, or AnnData set up with :meth:`setup_anndata`.
+        MuData set up with :meth:`setup_mudata`, or AnnData set up with :meth:`setup_anndata`. Of RNA, chromatin and
+        proteins any may be absent, though not both RNA and chromatin.
     n_genes, n_regions
         Of an AnnData, how many of its variables are genes, which come first, and regions. Not needed where
-        ``adata.var["modality"]``, as :func:`scvi_lite.data.organize_multiome_anndatas` writes it, tells.
+        ``adata.var["modality"]``, as :func:`scvi_lite.data.organize_multiome_anndatas` writes it, tells. Of a MuData,
+        to read only so many of the first.
     modality_weights
         Of the mean of both encoders: ``"equal"``, or learned: ``"universal"`` for one weight of each modality,
         ``"cell"`` for weights of each cell.
@@ -177,20 +180,18 @@ class MULTIVI(Model):
     def _build(self, adata: Data, registry: Registry, arguments: dict[str, Any]) -> None:
         if "peaks" not in registry.fields:
             registry = with_regions(registry, count_genes(adata, arguments["n_genes"], arguments["n_regions"]))
+        for name, field in (("n_genes", "x"), ("n_regions", "peaks")):
+            registry = first_columns(adata, registry, name, field, arguments[name])
         super()._build(adata, registry, arguments)
-        for name, features in (("n_genes", self._gene_names), ("n_regions", self._region_names)):
-            if arguments[name] not in (None, len(features)):
-                raise ValueError(
-                    f"{name}={arguments[name]!r}: the data have {len(features)}. Leave it out of the call."
-                )
 
     def _make_module(self, arguments: dict[str, Any]) -> MULTIVIModule:
         options = {name: value for name, value in arguments.items() if name not in NOT_OF_THE_NETWORK}
-        n_genes, n_regions = len(self._gene_names), len(self._region_names)
+        n_genes, n_regions = len(self._features("x")), len(self._features("peaks"))
         options["n_hidden"], options["n_latent"] = default_sizes(
             arguments["n_hidden"], arguments["n_latent"], max(n_genes, n_regions)
         )
         options |= {"n_layers": arguments["n_layers_encoder"], "n_regions": n_regions}
+        options["given_depth"] = "depth_n" in self.registry.fields
         config = configure(self.registry, options | {"n_cells": self.registry.n_cells}, MultiConfig)
         measured = self.registry.fields.get("proteins_np", {}).get("measured", [[]])
         config = replace(config, n_genes=n_genes, n_proteins=len(measured[0]))
@@ -212,17 +213,24 @@ class MULTIVI(Model):
 
     @property
     def _gene_names(self) -> list[str]:
-        return self._names_of("x")
+        return self._features("x") or self._refuse("genes", "no RNA", "rna_layer")
 
     @property
     def _region_names(self) -> list[str]:
-        return self._names_of("peaks")
+        return self._features("peaks") or self._refuse("regions", "no chromatin", "atac_layer")
 
-    def _names_of(self, field: str) -> list[str]:
-        names = self._var_names
+    def _features(self, field: str) -> list[str]:
+        names, state = self._var_names, self.registry.fields[field]
         if isinstance(names, dict):
-            return names[self.registry.modalities[field]]
-        return names[slice(*self.registry.fields[field]["columns"])]
+            names = names[state["modality"]]
+        return names[slice(*state["columns"])] if "columns" in state else names
+
+    def _refuse(self, features: str, without: str, argument: str) -> list[str]:
+        raise StateError(
+            f"This model has no {features}: it was made with {without}. Where there are such data, make a new model: "
+            f"name them in its setup, MULTIVI.setup_mudata(mdata, modalities={{{argument!r}: ..., ...}}), or give "
+            "MULTIVI(adata, n_genes=..., n_regions=...) of an AnnData."
+        )
 
     def train(  # the order of arguments is that of scvi-tools
         self,
@@ -386,7 +394,7 @@ class MULTIVI(Model):
         atac_layer: str | None = None,
         protein_layer: str | None = None,
         batch_key: str | None = None,
-        size_factor_key: str | None = None,
+        size_factor_key: str | Sequence[str] | None = None,
         categorical_covariate_keys: Sequence[str] | None = None,
         continuous_covariate_keys: Sequence[str] | None = None,
         modalities: Mapping[str, str | None] | None = None,
@@ -400,14 +408,18 @@ class MULTIVI(Model):
         Parameters
         ----------
         mdata
-            RNA and chromatin as two modalities, whose cells may overlap in part, or not at all.
+            RNA, chromatin and proteins as modalities, or some of them. Their cells may overlap in part, or not at all.
         rna_layer, atac_layer, protein_layer
             Layers that hold the counts; ``X`` by default.
         modalities
             In which modality to find what each argument names:
-            ``{"rna_layer": "rna", "atac_layer": "atac", "batch_key": "rna"}``. The first two are needed; columns are
-            looked for in ``mdata.obs`` by default. Proteins are modelled where ``"protein_layer"`` is among them.
-        batch_key, labels_key, size_factor_key, categorical_covariate_keys, continuous_covariate_keys
+            ``{"rna_layer": "rna", "atac_layer": "atac", "batch_key": "rna"}``. One of the first two is needed, and
+            what is not named is not modelled: proteins are with ``"protein_layer"``. Columns are looked for in
+            ``mdata.obs`` by default.
+        size_factor_key
+            As in :meth:`setup_anndata`; or a list of two, of which the second is the depth of chromatin: the share of
+            a cell's accessible regions that is found open, above 0 and up to 1.
+        batch_key, labels_key, categorical_covariate_keys, continuous_covariate_keys
             Columns, as in :meth:`setup_anndata`.
 
         Raises
@@ -429,22 +441,22 @@ class MULTIVI(Model):
             continuous_covariate_keys=check_keys("continuous_covariate_keys", continuous_covariate_keys),
             labels_key=labels_key,
         )
-        where = read_modalities(mdata, modalities, given, ("rna_layer", "atac_layer"), ONE_KIND)
-        if where["rna_layer"] == where["atac_layer"]:
-            raise ValueError(
-                f"modalities: rna_layer and atac_layer are both for {where['rna_layer']!r}, and two modalities are "
-                f"needed, of {listing(mdata.mod)}."
-            )
-        peaks = Matrix("peaks", atac_layer, modality=where["atac_layer"])
-        fields = [Matrix("x", rna_layer, modality=where["rna_layer"]), peaks, *columns_of_obs(given, where)]
+        where = read_modalities(mdata, modalities, given, ())
+        x, peaks = two_matrices(mdata, rna_layer, atac_layer, where)
+        keys = [size_factor_key] if size_factor_key is None or isinstance(size_factor_key, str) else size_factor_key
+        if not 1 <= len(keys) <= 2:
+            raise ValueError(f"size_factor_key={keys!r}: give a column for RNA, or [one for RNA, one for chromatin].")
+        fields = [x, peaks, *columns_of_obs(given | {"size_factor_key": keys[0]}, where)]
+        if len(keys) == 2:
+            fields.append(depth_field(mdata, keys[1], where["size_factor_key"]))
         if (modality := where["protein_layer"]) is not None:
             batch = Categorical("batch_n", "batch_key", batch_key, where["batch_key"])
             fields.append(Proteins("proteins_np", layer=protein_layer, modality=modality, panels=batch))
         cls._register(mdata, fields, given | {"modalities": where})
-        accessibility.note_counts(peaks.read(mdata, peaks.state(layer=atac_layer)))
+        if where["atac_layer"] is not None:
+            accessibility.note_counts(peaks.read(mdata, peaks.state(layer=atac_layer)))
 
 
-ONE_KIND = "Without chromatin SCVI is for genes, and TOTALVI for genes and proteins; without genes, PEAKVI for regions."
 NOT_OF_THE_NETWORK = (
     "n_genes",
     "n_regions",
@@ -478,9 +490,7 @@ def count_genes(adata: AnnData, n_genes: int | None, n_regions: int | None) -> i
             )
     n_genes = adata.n_vars - n_regions if n_genes is None else n_genes
     n_regions = adata.n_vars - n_genes if n_regions is None else n_regions
-    if n_genes == 0 or n_regions == 0:
-        raise ValueError(f"n_genes={n_genes} and n_regions={n_regions}: MULTIVI is for both. {ONE_KIND}")
-    if n_genes < 1 or n_regions < 1 or n_genes + n_regions != adata.n_vars:
+    if n_genes < 0 or n_regions < 0 or n_genes + n_regions != adata.n_vars:
         raise ValueError(f"n_genes={n_genes} and n_regions={n_regions} do not add up to the {adata.n_vars} variables.")
     return int(n_genes)
 
@@ -490,3 +500,67 @@ def with_regions(registry: Registry, n_genes: int) -> Registry:
     x = registry.fields["x"]
     peaks = {"peaks": x | {"columns": [n_genes, registry.n_features]}}
     return replace(registry, fields=registry.fields | {"x": x | {"columns": [0, n_genes]}} | peaks)
+
+
+def two_matrices(
+    mdata: MuData, rna_layer: str | None, atac_layer: str | None, where: Mapping[str, str | None]
+) -> tuple[Matrix, Matrix]:
+    """The counts of genes and of regions; what is absent is no columns of the other.
+
+    Raises
+    ------
+    ValueError
+        If neither is named, or both are in one modality.
+    """
+    rna, atac = where["rna_layer"], where["atac_layer"]
+    if rna is None and atac is None:
+        raise ValueError(
+            "modalities names neither RNA nor chromatin, and MULTIVI needs one of them. Write "
+            f"modalities={{'rna_layer': ..., 'atac_layer': ...}}, with {listing(mdata.mod)} for the dots."
+        )
+    if rna == atac:
+        raise ValueError(
+            f"modalities: rna_layer and atac_layer are both for {rna!r}, and two modalities are needed, of "
+            f"{listing(mdata.mod)}. Leave out the one that there is not."
+        )
+    x, peaks = Matrix("x", rna_layer, modality=rna), Matrix("peaks", atac_layer, modality=atac)
+    if rna is None:
+        x = Matrix("x", atac_layer, modality=atac, columns=[0, 0])
+    if atac is None:
+        peaks = Matrix("peaks", rna_layer, modality=rna, columns=[0, 0])
+    return x, peaks
+
+
+def depth_field(mdata: MuData, key: str, modality: str | None) -> Continuous:
+    """The column of given depths.
+
+    Raises
+    ------
+    ValueError
+        If some are no shares.
+    """
+    depth = Continuous("depth_n", "size_factor_key", key, True, modality)
+    if (largest := depth.read(mdata, depth.register(mdata)).max()) > 1:
+        raise ValueError(
+            f"size_factor_key: {key!r} is for chromatin, the share of a cell's accessible regions that is found, and "
+            f"has values up to {largest:g}. Divide them by their maximum."
+        )
+    return depth
+
+
+def first_columns(adata: Data, registry: Registry, name: str, field: str, n: int | None) -> Registry:
+    """The setup with only the first columns of a matrix, where the user gave a smaller number.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer, or it is no number of columns.
+    """
+    state = registry.fields[field]
+    first, end = state.get("columns") or (0, part_of(adata, state.get("modality")).n_vars)
+    if n is None or n == end - first:
+        return registry
+    if isinstance(n, bool) or not isinstance(n, Integral) or not 0 < n < end - first:
+        raise ValueError(f"{name}={n!r}: the data have {end - first}. Leave it out of the call.")
+    warn(f"{name}={n} of {end - first} in the data: the others are not read. Leave {name} out to model all.")
+    return replace(registry, fields=registry.fields | {field: state | {"columns": [first, first + int(n)]}})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import ClassVar
@@ -28,11 +28,12 @@ CHOICES = {
 WIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the kernels of the MMD, in the units of the prior of z
 NEVER = -1e9  # logit of a modality that a cell lacks
 SMALLEST = 1e-12
+SMALLEST_SHARE = 1e-6  # and 1 minus it the largest: a given depth of 1 has no logit
 
 
 @dataclass(frozen=True)
 class MultiConfig(VAEConfig):
-    """Sizes and options of a :class:`MULTIVIModule`; ``n_layers`` is of the encoders."""
+    """Sizes and options of a :class:`MULTIVIModule`; ``n_layers`` is of the encoders, and 0 features mean no data."""
 
     n_regions: int = 1
     n_cells: int = 1
@@ -41,6 +42,7 @@ class MultiConfig(VAEConfig):
     modality_weights: str = "equal"
     modality_penalty: str = "Jeffreys"
     model_depth: bool = True
+    given_depth: bool = False
     n_proteins: int = 0
     protein_dispersion: str = "protein"
 
@@ -53,12 +55,18 @@ class MultiConfig(VAEConfig):
             if getattr(self, name) not in choices:
                 raise ValueError(unknown(name, getattr(self, name), choices))
 
+    @property
+    def modalities(self) -> dict[str, int]:
+        """The kinds of data that there are, in the order of their weights, and the number of features of each."""
+        sizes = {"expression": self.n_genes, "accessibility": self.n_regions, "protein": self.n_proteins}
+        return {name: size for name, size in sizes.items() if size}
+
 
 class MULTIVIModule(VAE):
     """Generative model: z ~ N(0, I), genes as in scVI, regions as in PeakVI, and perhaps proteins as in totalVI.
 
-    Each kind of data has an encoder. The posterior of a cell with several is a weighted mean of theirs, with weights w
-    that sum to one over the kinds it has: location Σ w μ and variance Σ √w σ².
+    Any of the three may be absent. Each has an encoder. The posterior of a cell with several is a weighted mean of
+    theirs, with weights w that sum to one over the kinds it has: location Σ w μ and variance Σ √w σ².
 
     Parameters
     ----------
@@ -73,23 +81,33 @@ class MULTIVIModule(VAE):
     def __init__(self, config: MultiConfig, measured_bp: Tensor | None = None):
         super().__init__(config)
         c = config
-        self.encoder_expression = self._encoder(c.n_genes)
-        self.encoder_accessibility = self._encoder(c.n_regions, deeply=True)
-        if not c.use_size_factor:
-            self.library_encoder = self._head(c.n_genes, "encoder", c.n_layers, 1)
-        self.depth_encoder = self._head(c.n_regions, "encoder", c.n_layers, 1)
-        self.decoder = Decoder(c, self.make_hidden(c.n_latent, "decoder", c.n_layers_decoder))
-        self.decoder_accessibility = self._head(c.n_latent, "decoder", c.n_layers_decoder, c.n_regions)
-        self.factor_r = nn.Parameter(torch.zeros(c.n_regions)) if c.region_factors else None
-        if c.gene_likelihood != "poisson" and c.dispersion != "gene-cell":
-            rows = {"gene": (), "gene-batch": (c.n_batches,), "gene-label": (c.n_labels,)}[c.dispersion]
-            self.log_theta = nn.Parameter(torch.randn(*rows, c.n_genes))
+        for name, size in c.modalities.items():
+            self.add_module(f"encoder_{name}", self._encoder(size, deeply=name != "expression"))
+        if c.n_genes:
+            self._add_genes()
+        if c.n_regions:
+            self._add_regions()
         if c.n_proteins:
-            self.encoder_protein = self._encoder(c.n_proteins, deeply=True)
             self.proteins = Proteins(self, measured_bp)
         if c.modality_weights != "equal":
             cells = (c.n_cells,) if c.modality_weights == "cell" else ()
-            self.weight_logit = nn.Parameter(torch.zeros(*cells, 3 if c.n_proteins else 2))
+            self.weight_logit = nn.Parameter(torch.zeros(*cells, len(c.modalities)))
+
+    def _add_genes(self) -> None:
+        c = self.config
+        if not c.use_size_factor:
+            self.library_encoder = self._head(c.n_genes, "encoder", c.n_layers, 1)
+        self.decoder = Decoder(c, self.make_hidden(c.n_latent, "decoder", c.n_layers_decoder))
+        if c.gene_likelihood != "poisson" and c.dispersion != "gene-cell":
+            rows = {"gene": (), "gene-batch": (c.n_batches,), "gene-label": (c.n_labels,)}[c.dispersion]
+            self.log_theta = nn.Parameter(torch.randn(*rows, c.n_genes))
+
+    def _add_regions(self) -> None:
+        c = self.config
+        if not c.given_depth:
+            self.depth_encoder = self._head(c.n_regions, "encoder", c.n_layers, 1)
+        self.decoder_accessibility = self._head(c.n_latent, "decoder", c.n_layers_decoder, c.n_regions)
+        self.factor_r = nn.Parameter(torch.zeros(c.n_regions)) if c.region_factors else None
 
     @property
     def per_cell(self) -> tuple[str, ...]:
@@ -106,21 +124,21 @@ class MULTIVIModule(VAE):
 
     # Posterior --------------------------------------------------------------------------------------------------------
 
-    def encode_each(self, batch: Batch) -> list[Posterior]:
-        """What expression alone, accessibility alone, and perhaps proteins alone, say of z."""
+    def encode_each(self, batch: Batch) -> dict[str, Posterior]:
+        """What each modality alone says of z."""
         covariates = self.encoded_covariates(batch)
-        parts = [self.encoder_expression(batch.x, *covariates), self.encoder_accessibility(batch.peaks, *covariates)]
-        if self.config.n_proteins:
-            parts.append(self.encoder_protein(batch.proteins_np, *covariates))
-        return [Posterior(*part) for part in parts]
+        data = {"expression": batch.x, "accessibility": batch.peaks, "protein": batch.proteins_np}
+        encoders = {name: getattr(self, f"encoder_{name}") for name in self.config.modalities}
+        return {name: Posterior(*encoder(data[name], *covariates)) for name, encoder in encoders.items()}
 
-    def present(self, batch: Batch) -> Tensor:
-        """Which modalities each cell has, (n, m) bool, in the order of the encoders."""
-        has_n = [has(batch.x, batch.has_x_n), has(batch.peaks, batch.has_peaks_n)]
-        if self.config.n_proteins:
-            some_n = (batch.proteins_np > 0).any(1)
-            has_n.append(some_n if batch.has_proteins_n is None else some_n & batch.has_proteins_n)
-        return torch.stack(has_n, dim=1)
+    def present(self, batch: Batch) -> dict[str, Tensor]:
+        """Which cells have each modality, (n,) bool each."""
+        has_n = {
+            "expression": lambda: has(batch.x, batch.has_x_n),
+            "accessibility": lambda: has(batch.peaks, batch.has_peaks_n),
+            "protein": lambda: with_given((batch.proteins_np > 0).any(1), batch.has_proteins_n),
+        }
+        return {name: has_n[name]() for name in self.config.modalities}
 
     def encode(self, batch: Batch) -> Posterior:
         """The joint posterior, or the stored one of minified data; that of a cell without data is the prior."""
@@ -128,10 +146,10 @@ class MULTIVIModule(VAE):
             return Posterior(batch.qz_loc_nk, batch.qz_scale_nk)
         return self._mix(self.encode_each(batch), batch)
 
-    def _mix(self, parts: Sequence[Posterior], batch: Batch) -> Posterior:
+    def _mix(self, parts: Mapping[str, Posterior], batch: Batch) -> Posterior:
         weight_nm = self.weights(batch)
-        loc_mnk = torch.stack([part.z_loc_nk for part in parts])
-        variance_mnk = torch.stack([part.z_scale_nk**2 for part in parts])
+        loc_mnk = torch.stack([part.z_loc_nk for part in parts.values()])
+        variance_mnk = torch.stack([part.z_scale_nk**2 for part in parts.values()])
         root_nm = torch.where(weight_nm > SMALLEST, weight_nm.clamp(min=SMALLEST).sqrt(), 0.0)
         loc_nk = torch.einsum("nm,mnk->nk", weight_nm, loc_mnk)
         variance_nk = torch.einsum("nm,mnk->nk", root_nm, variance_mnk)
@@ -140,7 +158,7 @@ class MULTIVIModule(VAE):
 
     def weights(self, batch: Batch) -> Tensor:
         """Share of each modality in the posterior of each cell, (n, m); zeros for a cell without data."""
-        has_nm = self.present(batch)
+        has_nm = torch.stack([*self.present(batch).values()], dim=1)
         kind = self.config.modality_weights
         if kind == "equal":
             logit = torch.zeros(has_nm.shape[1], device=has_nm.device)
@@ -161,13 +179,17 @@ class MULTIVIModule(VAE):
         return Accessibility(logit_nr, depth_n, self.factor_r)
 
     def library(self, batch: Batch, posterior: Posterior) -> Tensor:
-        """The log library (n,): learned from expression, or given as size factor."""
+        """The log library (n,): learned from expression, or given as size factor; zero without genes."""
         if self.config.use_size_factor:
             return batch.size_factor_n.log()
+        if not self.config.n_genes:
+            return batch.total_n.new_zeros(batch.n_cells)
         return leaky_relu(self.library_encoder(batch.x, *self.encoded_covariates(batch))[:, 0])
 
     def depth(self, batch: Batch) -> Tensor:
-        """Logit of the depth of each cell (n,)."""
+        """Logit of the depth of each cell (n,): learned from accessibility, or of the given depth."""
+        if self.config.given_depth:
+            return batch.depth_n.logit(eps=SMALLEST_SHARE)
         return self.depth_encoder(batch.peaks, *self.encoded_covariates(batch))[:, 0]
 
     def kl_library(self, batch: Batch, posterior: Posterior) -> Tensor:
@@ -191,17 +213,15 @@ class MULTIVIModule(VAE):
     def _reconstruction(
         self, z: Tensor, library: Tensor, batch: Batch, proteins: ProteinRates | None
     ) -> dict[str, Tensor]:
-        log_p = {
-            "expression": self.decode(z, library, batch).log_likelihood(batch.x),
-            "accessibility": self.decode_regions(z, self.depth(batch), batch).log_likelihood(batch.peaks),
-        }
+        log_p = {}
+        if self.config.n_genes:
+            log_p["expression"] = self.decode(z, library, batch).log_likelihood(batch.x)
+        if self.config.n_regions:
+            log_p["accessibility"] = self.decode_regions(z, self.depth(batch), batch).log_likelihood(batch.peaks)
         if proteins is not None:
             log_p["protein"] = self.proteins.over_measured(proteins.log_likelihood(batch.proteins_np), batch)
-        has_mn = self.present(batch).t()
-        return {
-            f"reconstruction_loss_{name}": -torch.where(has_n, value, 0.0)
-            for has_n, (name, value) in zip(has_mn, log_p.items())
-        }
+        has_n = self.present(batch)
+        return {f"reconstruction_loss_{name}": -torch.where(has_n[name], value, 0.0) for name, value in log_p.items()}
 
     def kl_given_z(self, z: Tensor, batch: Batch) -> Tensor | float:
         """KL of the background of the proteins, (..., n); zero without proteins."""
@@ -209,7 +229,7 @@ class MULTIVIModule(VAE):
 
     def _kl_background(self, proteins: ProteinRates, batch: Batch) -> Tensor:
         kl_n = self.proteins.over_measured(proteins.kl_background(*self.proteins.prior(batch)), batch)
-        return torch.where(self.present(batch)[:, 2], kl_n, 0.0)
+        return torch.where(self.present(batch)["protein"], kl_n, 0.0)
 
     def log_joint(self, z: Tensor, library: Tensor, batch: Batch) -> Tensor:
         """log p(data, b | z, library) - log q(b | z) at a draw of b, the background of the proteins: (..., n)."""
@@ -218,7 +238,7 @@ class MULTIVIModule(VAE):
         if proteins is None:
             return log_p_n
         ratio_n = self.proteins.over_measured(proteins.log_ratio_background(*self.proteins.prior(batch)), batch)
-        return log_p_n + torch.where(self.present(batch)[:, 2], ratio_n, 0.0)
+        return log_p_n + torch.where(self.present(batch)["protein"], ratio_n, 0.0)
 
     # Loss -------------------------------------------------------------------------------------------------------------
 
@@ -243,12 +263,12 @@ class MULTIVIModule(VAE):
         extra = {"modality_penalty": penalty_n.sum()}
         return Loss(total, reconstruction_n.sum(), kl_n.sum(), batch.n_cells, extra, z_nk)
 
-    def penalty(self, parts: Sequence[Posterior], batch: Batch) -> Tensor:
+    def penalty(self, parts: Mapping[str, Posterior], batch: Batch) -> Tensor:
         """How far the modalities disagree in cells that have several, summed over pairs of modalities: (n,)."""
-        penalty_n = torch.zeros_like(parts[0].z_loc_nk[:, 0])
-        has_mn = self.present(batch).t()
-        for i, j in combinations(range(len(parts)), 2):
-            both_n = has_mn[i] & has_mn[j]
+        penalty_n = batch.total_n.new_zeros(batch.n_cells)
+        has_n = self.present(batch)
+        for i, j in combinations(parts, 2):
+            both_n = has_n[i] & has_n[j]
             if self.config.modality_penalty == "Jeffreys":
                 penalty_n = penalty_n + torch.where(both_n, jeffreys(parts[i], parts[j]), 0.0)
             elif self.config.modality_penalty == "MMD":
@@ -289,7 +309,11 @@ class Proteins(nn.Module):
 
 def has(counts: Counts, given_n: Tensor | None) -> Tensor:
     """Which cells have data of a kind, (n,) bool: some count, and not a row of zeros for want of data."""
-    some_n = counts.start.diff() > 0
+    return with_given(counts.start.diff() > 0, given_n)
+
+
+def with_given(some_n: Tensor, given_n: Tensor | None) -> Tensor:
+    """Cells with some count, of those that were measured."""
     return some_n if given_n is None else some_n & given_n
 
 
