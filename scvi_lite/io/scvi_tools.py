@@ -121,6 +121,11 @@ def _registry(class_name: str, setup_args: dict[str, Any], fields: dict[str, Any
     for name, theirs in (("peaks", "atac"), ("smoothed", "x_smoothed")):
         if theirs in fields:
             ours[name] = {"kind": "matrix", **_matrix(fields, theirs)}
+    if class_name == "MULTIVI":  # where it has one kind of counts alone, the other is no columns of it
+        if "X" not in fields:
+            ours["x"] = ours["peaks"] | {"columns": [0, 0]}
+        elif "peaks" not in ours and "modality" in ours["x"]:
+            ours["peaks"] = ours["x"] | {"columns": [0, 0]}
     columns = (
         ("batch_n", "batch", "batch_key"),
         ("label_n", "labels", "labels_key"),
@@ -151,13 +156,14 @@ def _registry(class_name: str, setup_args: dict[str, Any], fields: dict[str, Any
         ],
     }
     # CondSCVI of scvi-tools takes a size factor, and models total counts.
-    if (key := setup_args.get("size_factor_key")) and class_name != "CondSCVI":
-        ours["size_factor_n"] = {"kind": "continuous", "argument": "size_factor_key", "key": key, "positive": True}
-        ours["size_factor_n"] |= _modality(fields, "size_factor")
+    if (keys := setup_args.get("size_factor_key")) and class_name != "CondSCVI":
+        for name, key in zip(("size_factor_n", "depth_n"), [keys] if isinstance(keys, str) else keys):
+            ours[name] = {"kind": "continuous", "argument": "size_factor_key", "key": key, "positive": True}
+            ours[name] |= _modality(fields, "size_factor")
     if _state(fields, "proteins"):
         n_panels = len(ours.get("panel_n", ours["batch_n"])["categories"])
         ours["proteins_np"] = {"kind": "proteins", **_proteins(fields, setup_args, n_panels)}
-    counts = _state(fields, "X")
+    counts = _state(fields, "X") or _state(fields, "atac")
     return {
         "model_name": class_name,
         "setup_args": _listed(setup_args),
@@ -206,6 +212,7 @@ def _setup(fields: dict[str, Any], arguments: dict[str, Any]) -> Setup:
         n_cats=tuple(len(column["categories"]) for column in fields["cats_nc"]["columns"]),
         has_size_factor="size_factor_n" in fields,
         n_labels=len(fields["label_n"]["categories"]) if "label_n" in fields else 1,
+        has_depth="depth_n" in fields,
     )
 
 

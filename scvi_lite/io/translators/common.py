@@ -30,6 +30,7 @@ class Setup:
     n_cats: tuple[int, ...]  #: categories of each categorical covariate
     has_size_factor: bool
     n_labels: int = 1
+    has_depth: bool = False
 
     def covariates(self, with_batch: bool = True) -> list[int]:
         """Number of one-hot columns of each covariate that has some."""

@@ -13,7 +13,15 @@ from scvi_lite.io.translators.totalvi import protein_decoder, split_deep, transp
 ENCODERS = ("encoder_expression", "library_encoder", "depth_encoder")
 DECODERS = ("decoder", "decoder_accessibility")
 DEEP_ENCODERS = ("encoder_accessibility", "encoder_protein")  # covariates enter each layer, if they enter at all
-OF_PROTEINS = ("background_pro_alpha", "background_pro_log_beta", "py_r", "z_encoder_protein", "z_decoder_pro")
+PARTS = {  # what has to do with each modality, and weights with a row for each of its features; in order of the weights
+    ("z_encoder_expression", "l_encoder_expression", "z_decoder_expression", "px_r"): (
+        "z_decoder_expression.px_scale_decoder.0.weight"
+    ),
+    ("z_encoder_accessibility", "l_encoder_accessibility", "z_decoder_accessibility", "region_factors"): (
+        "z_decoder_accessibility.output.0.weight"
+    ),
+    ("background_pro_alpha", "background_pro_log_beta", "py_r", "z_encoder_protein", "z_decoder_pro"): "py_r",
+}
 TRANSPOSED = ("log_theta", "proteins.log_theta", "proteins.background_loc", "proteins.background_log_scale")
 
 
@@ -22,14 +30,16 @@ def translate(weights: dict[str, Any], setup: Setup) -> dict[str, Tensor]:
     arguments = setup.arguments
     likelihood, by_cell = arguments.get("gene_likelihood", "zinb"), arguments.get("dispersion", "gene") == "gene-cell"
     poisson = likelihood == "poisson"
-    with_proteins = len(weights["py_r"]) > 0
+    there = [len(weights[name]) > 0 for name in PARTS.values()]
+    absent = [name for part, is_there in zip(PARTS, there) if not is_there for name in part]
     learned = arguments.get("modality_weights", "equal") != "equal"
     library: Rules = head("l_encoder_expression", "library_encoder")
     rules: Rules = [
+        *((name, None) for name in absent),
         *encoder("z_encoder_expression", "encoder_expression"),
         *encoder("z_encoder_accessibility", "encoder_accessibility"),
         *([("l_encoder_expression", None)] if setup.has_size_factor else library),
-        *head("l_encoder_accessibility", "depth_encoder"),
+        *([("l_encoder_accessibility", None)] if setup.has_depth else head("l_encoder_accessibility", "depth_encoder")),
         *hidden(r"z_decoder_expression\.px_decoder", "decoder"),
         (r"z_decoder_expression\.px_scale_decoder\.0", "decoder.scale"),
         (r"z_decoder_expression\.px_dropout_decoder", "decoder.dropout" if likelihood == "zinb" else None),
@@ -38,7 +48,7 @@ def translate(weights: dict[str, Any], setup: Setup) -> dict[str, Tensor]:
         ("px_r", None if by_cell or poisson else "log_theta"),
         ("region_factors", "factor_r"),
         ("mod_weights", "weight_logit" if learned else None),
-        *(proteins() if with_proteins else [(name, None) for name in OF_PROTEINS]),
+        *proteins(),
         ("pyro_param_store", None),
     ]
     state = rename(weights, rules)
@@ -48,8 +58,8 @@ def translate(weights: dict[str, Any], setup: Setup) -> dict[str, Tensor]:
     state = split_one_hot(state, covariates, deeply=arguments.get("deeply_inject_covariates", False))
     state = split_one_hot(state, dict.fromkeys(DEEP_ENCODERS, in_encoder))
     state = split_deep(state, r"proteins\..*", in_decoder)
-    if learned and not with_proteins:
-        state["weight_logit"] = state["weight_logit"][..., :2].contiguous()  # the third is of proteins
+    if learned:
+        state["weight_logit"] = state["weight_logit"][..., there].contiguous()  # theirs has those of absent ones too
     return transposed(state, TRANSPOSED)
 
 
