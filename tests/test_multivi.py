@@ -127,6 +127,32 @@ def test_recorded_answers_with_proteins():
         np.testing.assert_allclose(torch.as_tensor(np.asarray(found[name])), expected, 1e-4, 1e-5, err_msg=name)
 
 
+@pytest.mark.parametrize("kinds", ["rna_protein", "atac_protein"])
+def test_recorded_answers_without_a_modality(kinds):
+    """Folders of scvi-tools 1.5.0 of two kinds of data, with learned weights; that with chromatin has given depths."""
+    folder = Path(__file__).parent / "data" / f"scvi_tools_multivi_{kinds}"
+    with np.load(folder / "outputs.npz") as arrays:
+        recorded = dict(arrays)
+    parts = {}
+    for name, prefix in (("rna", "gene"), ("atac", "region"), ("protein", "protein")):
+        if name in recorded:
+            parts[name] = anndata.AnnData(recorded.pop(name).astype(np.float32))
+            parts[name].var_names = [f"{prefix}_{i}" for i in range(parts[name].n_vars)]
+    mdata = MuData(parts)
+    mdata.obs = mdata.obs.assign(batch=["a", "b"] * 8, total=np.arange(1.0, 17), depth=np.arange(1.0, 17) / 20)
+    model = MULTIVI.load(folder, mdata, accelerator="cpu")
+    ask = {
+        "z_joint": model.get_latent_representation,
+        "foreground": model.get_protein_foreground_probability,
+        "expression": model.get_normalized_expression,
+        "accessibility": model.get_normalized_accessibility,
+    }
+    for name, expected in recorded.items():
+        np.testing.assert_allclose(ask[name](), expected, 1e-4, 1e-6, err_msg=name)
+    if "atac" in kinds:
+        np.testing.assert_allclose(model.get_library_size_factors()["accessibility"], mdata.obs["depth"], rtol=1e-5)
+
+
 def test_imputes_what_a_cell_lacks(trained):
     """From chromatin the genes of its type, and from genes its regions."""
     model, _, _, kind = trained

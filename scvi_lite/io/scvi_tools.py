@@ -61,6 +61,12 @@ def _translate(content: dict[str, Any]) -> SavedModel:
         raise ValueError(f"it is a {class_name}; there is a counterpart of {listing(TRANSLATORS)}")
     arguments = _arguments(class_name, attributes.get("init_params_", {}))
     ours = _registry(class_name, registry.get("setup_args", {}), registry["field_registries"])
+    in_parts, n_genes = "modality" in ours["fields"]["x"], arguments.get("n_genes") or 0
+    if class_name == "MULTIVI" and in_parts and 0 < n_genes < ours["n_features"]:
+        raise ValueError(
+            f"it was made with n_genes={n_genes} of {ours['n_features']}, and learned the next genes as regions. Train "
+            "MULTIVI anew, of the genes wanted"
+        )
     return SavedModel(
         class_name=class_name,
         arguments=arguments,
