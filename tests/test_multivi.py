@@ -557,7 +557,7 @@ def test_without_a_modality(kinds, tmp_path):
     np.testing.assert_array_equal(MULTIVI.load(tmp_path / "model").get_latent_representation(), z_nk)
 
 
-def test_genes_and_proteins_of_an_anndata():
+def test_genes_and_proteins_of_an_anndata(capsys):
     rna, _, _ = two_types(40)
     rna.obsm["protein"] = np.random.default_rng(0).poisson(5.0, (40, 3)).astype(np.float32)
     MULTIVI.setup_anndata(rna, protein_expression_obsm_key="protein")
@@ -566,6 +566,8 @@ def test_genes_and_proteins_of_an_anndata():
     assert model.get_normalized_expression().shape == (40, N_GENES)
     with pytest.raises(RuntimeError, match="has no regions"):
         model.get_normalized_accessibility()
+    model.view_anndata_setup()
+    assert "X[:, 0:20]" in capsys.readouterr().out
 
 
 def test_first_features_and_given_depth(tmp_path):

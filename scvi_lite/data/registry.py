@@ -301,11 +301,13 @@ def check_anndata(adata: Any) -> None:
 
 def describe_field(state: dict[str, Any]) -> list[tuple[str, str]]:
     """Where a field is in the data and what it holds, a line each."""
-    if "columns" in state:
-        return [line for column in state["columns"] for line in describe_field(column)]
     part = f"{state['modality']}." if "modality" in state else ""
     if state.get("kind") in (Matrix.kind, Proteins.kind) and state.get("key") is None:
-        return [(f"{part}X" if state.get("layer") is None else f"{part}layers[{state['layer']!r}]", "counts")]
+        which = "[:, {}:{}]".format(*state["columns"]) if "columns" in state else ""
+        where = "X" if state.get("layer") is None else f"layers[{state['layer']!r}]"
+        return [(f"{part}{where}{which}", "counts")]
+    if "columns" in state:
+        return [line for column in state["columns"] for line in describe_field(column)]
     if state.get("key") is None:
         return [("—", "one category")]
     if "categories" in state:
