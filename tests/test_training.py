@@ -252,12 +252,11 @@ def test_schedules_that_do_not_go(options, message):
 
 
 def test_preset(model, monkeypatch):
-    """How long it takes and how: 6 epochs of 2 minibatches, the first half of which warms up."""
-    monkeypatch.setattr("scvi_lite.train.presets.LEAST_CELLS", 600)
-    monkeypatch.setattr("scvi_lite.train.presets.FEWER", 100)
+    """How long it takes and how: 10 epochs of 2 minibatches, the first fifth of which warms up."""
+    monkeypatch.setattr("scvi_lite.train.presets.EPOCHS_OF_FEW", 10)
     steps = Steps()
     model.train(preset="fast", batch_size=50, callbacks=steps, **SILENT)
-    assert steps.kl_weight == pytest.approx([min(1, step / 6) for step in range(12)])
+    assert steps.kl_weight == pytest.approx([min(1, step / 4) for step in range(20)])
     assert max(steps.lr) == pytest.approx(FAST["lr"], rel=0.1)
     assert steps.lr[-1] < 0.02 * FAST["lr"]
 

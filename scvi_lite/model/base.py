@@ -223,10 +223,10 @@ class Model(metaclass=SaysInstead):
         plan_kwargs
             Optimiser, schedules and KL warm-up: see :class:`~scvi_lite.train.plan.Plan`.
         preset
-            ``"fast"``: a ninth of the epochs, and 2,500 minibatches of 128 cells or more, at a higher learning rate
-            that falls to zero, with a KL warm-up over half of them. ``max_epochs``, ``max_steps`` and ``plan_kwargs``
-            count where they are given too. For a first look, not for results: it ends short of a full training, and
-            mixes strongly different batches much less.
+            ``"fast"``: a ninth of the epochs (60 below 5,000 cells), at twenty times the learning rate, which falls to
+            zero along a cosine, with a KL warm-up over a fifth of them. ``max_epochs``, ``max_steps`` and
+            ``plan_kwargs`` count where they are given too. Where it was tried it ended no worse than the default:
+            docs/performance.md.
         **trainer_kwargs
             Every other option of ``lightning.Trainer`` (``precision``, ``callbacks``, ``logger``, ``num_nodes``,
             ``gradient_clip_val``, ...); ``enable_checkpointing=True`` with ``checkpointing_monitor``, which keeps the
