@@ -198,8 +198,8 @@ def block_rows(
     in_threads(lambda first, last: counter(first, last, *arrays, n_block, count_bn.numpy()), n, m)
     start_bn = (count_bn.flatten().cumsum(0, dtype=torch.int32) - count_bn.flatten()).view_as(count_bn)
     col_to, value_to = torch.empty(m, dtype=torch.int32), torch.empty(m, dtype=torch.float32)
-    arrays += tuple(t.numpy() for t in (value_m, count_bn, start_bn, col_to, value_to))
-    in_threads(lambda first, last: copier(first, last, *arrays), n, m)
+    more = [t.numpy() for t in (value_m, count_bn, start_bn, col_to, value_to)]
+    in_threads(lambda first, last: copier(first, last, *arrays, *more), n, m)
     return start_bn, col_to, value_to
 
 

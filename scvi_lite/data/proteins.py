@@ -85,7 +85,7 @@ class Proteins(Field):
         measured_qp = np.stack([(values_np[panel_n == q] > 0).any(0) for q in range(len(panels))])
         if not measured_qp.any():
             raise ValueError(f"{self.argument}: all counts of proteins are zero.")
-        if nowhere := [name for name, there in zip(names, measured_qp.any(0)) if not there]:
+        if nowhere := [name for name, there_q in zip(names, measured_qp.T) if not there_q.any()]:
             warn(f"{listing(nowhere)} have no counts in any cell: nothing is learned of them, and answers are NaN.")
         for panel, measured_p in zip(panels, measured_qp):
             missing = [name for name, there in zip(names, measured_p) if not there]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,10 +65,10 @@ def score(
     tensors = [start, col_m, logit_nr]
     for t in (depth_n, factor_r):
         tensors += [torch.sigmoid(t), torch.sigmoid(-t), logsigmoid(t)]
-    inputs = [t.detach().contiguous().numpy() for t in [*tensors, value_n, w_n]] + [F(weight or 0)]
+    inputs: list[Any] = [t.detach().contiguous().numpy() for t in [*tensors, value_n, w_n]] + [F(weight or 0)]
     full = [logit_nr.new_empty(0 if weight is None else n, n_regions) for _ in range(2)]
 
-    def arguments() -> list[np.ndarray]:  # without gradients, each thread has one row to write to
+    def arguments() -> list[Any]:  # without gradients, each thread has one row to write to
         return inputs + [t.numpy() for t in ([logit_nr.new_empty(1, n_regions)] * 2 if weight is None else full)]
 
     on_threads(compiled(score_rows), n, n_regions, arguments)

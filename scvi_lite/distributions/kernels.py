@@ -37,8 +37,7 @@ TINY = F(1e-17)
 MIN_WORK = 1 << 15
 
 
-@intrinsic
-def wide(context):
+def _wide(context):
     """Called in a function: compile it for the widest vectors of the machine; LLVM takes half of them by itself."""
 
     def mark(context, builder, signature, arguments):
@@ -47,6 +46,9 @@ def wide(context):
         return context.get_dummy_value()
 
     return numba.types.none(), mark
+
+
+wide: Any = intrinsic(_wide)
 
 
 @numba.njit(fastmath={"contract"})
@@ -408,7 +410,8 @@ def score(
     theta_tg = None if log_theta_tg is None else log_theta_tg.exp()
     table_xg2 = _table(log_theta_tg, theta_tg, x_m.shape[0])
     inputs = [start, col_m, x_m, logit_ng, top_n, library_n, log_theta_tg, theta_tg, table_xg2, dropout_ng]
-    value_n, dlibrary_n, full = torch.empty_like(top_n), None, [None, None, None]
+    value_n, dlibrary_n = torch.empty_like(top_n), None
+    full: list[Tensor | None] = [None, None, None]
     if weight is not None:
         dlibrary_n = torch.empty_like(top_n)
         full = [None if t is None else logit_ng.new_empty(n, g) for t in (logit_ng, log_theta, dropout_ng)]

@@ -26,9 +26,10 @@ def _by_feature(start, col_m, value_m, start_g, row_to, value_to):
         start_g[j] += start_g[j - 1]
     for i in range(start.shape[0] - 1):
         for m in range(start[i], start[i + 1]):
-            j = U(col_m[m])
-            row_to[U(start_g[j])], value_to[U(start_g[j])] = i, value_m[m]
-            start_g[j] += 1
+            column = U(col_m[m])
+            to = U(start_g[column])
+            row_to[to], value_to[to] = i, value_m[m]
+            start_g[column] += 1
     for j in range(start_g.shape[0] - 1, 0, -1):  # each points behind its feature by now: to the next one's beginning
         start_g[j] = start_g[j - 1]
     start_g[0] = 0

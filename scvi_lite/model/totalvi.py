@@ -84,7 +84,7 @@ class TOTALVI(Model):
     protein_dispersion
         Of the proteins: ``"protein"``, ``"protein-batch"`` or ``"protein-label"``.
     gene_likelihood
-        ``"nb"``, ``"zinb"`` or ``"poisson"``. (scvi-tools takes any name, and scores ``"nb"`` where it is not ``"zinb"``.)
+        ``"nb"``, ``"zinb"`` or ``"poisson"``. scvi-tools scores any other name than ``"zinb"`` as ``"nb"``.
     latent_distribution
         ``"normal"``, or ``"ln"`` for the logistic normal: points on a simplex.
     empirical_protein_background_prior

@@ -160,7 +160,13 @@ class CondSCVIModule(CountVAE):
     # Network ----------------------------------------------------------------------------------------------------------
 
     def make_hidden(
-        self, n_in: int, side: str, n_layers: int, dropout_rate: float = 0.0, activation: Activation = F.relu
+        self,
+        n_in: int,
+        side: str,
+        n_layers: int,
+        dropout_rate: float = 0.0,
+        activation: Activation = F.relu,
+        deeply: bool = True,
     ) -> Hidden:
         """Hidden layers of the encoder: labels enter each, the batch enters the first where it is asked for."""
         c = self.config

@@ -283,8 +283,10 @@ class Proteins(nn.Module):
     def __init__(self, module: MULTIVIModule, measured_bp: Tensor | None):
         super().__init__()
         c, n_in = module.config, module.config.n_latent + module.n_dense
-        stacks = (module.make_hidden(c.n_latent, "decoder", c.n_layers_decoder, deeply=True) for _ in range(3))
-        self.decoder = ProteinDecoder(*stacks, c.n_hidden, n_in, c.n_proteins, module.n_cats, positive=torch.exp)
+        back, fore, mixing = (module.make_hidden(c.n_latent, "decoder", c.n_layers_decoder, deeply=True) for _ in "123")
+        self.decoder = ProteinDecoder(
+            back, fore, mixing, c.n_hidden, n_in, c.n_proteins, module.n_cats, positive=torch.exp
+        )
         rows = {"protein": (), "protein-batch": (c.n_batches,), "protein-label": (c.n_labels,)}[c.protein_dispersion]
         self.dispersion = c.protein_dispersion
         self.log_theta = nn.Parameter(2 * torch.rand(*rows, c.n_proteins))
