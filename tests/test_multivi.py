@@ -344,6 +344,23 @@ def test_divergences():
     torch.testing.assert_close(mmd(x_nk, y_nk, few_n), mmd(x_nk[:9], y_nk[:9], some_n[:9]))
 
 
+@pytest.mark.parametrize(("name", "power"), [("Jeffreys", 0.5), ("exact-Jeffreys", 1.0), ("None", 0.0)])
+def test_penalty_of_cells_with_both(name, power):
+    """Against the closed form for two normals; nothing where a modality is absent."""
+    mdata, *_ = mosaic()
+    MULTIVI.setup_mudata(mdata, modalities=WHERE)
+    module = MULTIVI(mdata, modality_penalty=name).module.eval()
+    batch = next(MULTIVI(mdata)._minibatches(batch_size=mdata.n_obs))
+    n, k = batch.n_cells, module.config.n_latent
+    parts = {"expression": Posterior(torch.zeros(n, k), torch.full((n, k), 0.3))}
+    parts["accessibility"] = Posterior(torch.full((n, k), 0.2), torch.full((n, k), 0.5))
+    a, b = 0.3**power, 0.5**power
+    both = 0.5 * ((a**2 + 0.04) / b**2 + (b**2 + 0.04) / a**2 - 2) * k * (power > 0)
+    expected_n = torch.where(batch.has_x_n & batch.has_peaks_n, both, 0.0)
+    torch.testing.assert_close(module.penalty(parts, batch), expected_n)
+    assert expected_n.unique().numel() == 1 + (power > 0)
+
+
 def test_bad_input():
     mdata, rna, atac, _ = mosaic()
     with pytest.raises(ValueError, match="neither RNA nor chromatin"):

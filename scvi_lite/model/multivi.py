@@ -52,8 +52,9 @@ class MULTIVI(Model):
         Of the mean of both encoders: ``"equal"``, or learned: ``"universal"`` for one weight of each modality,
         ``"cell"`` for weights of each cell.
     modality_penalty
-        On encoders that disagree about a cell: ``"Jeffreys"`` for that divergence, ``"MMD"`` for the maximum mean
-        discrepancy, or ``"None"``.
+        On encoders that disagree about a cell: ``"Jeffreys"`` for that divergence with the roots of the standard
+        deviations, as in scvi-tools; ``"exact-Jeffreys"`` for the divergence itself; ``"MMD"`` for
+        the maximum mean discrepancy; or ``"None"``.
     n_hidden
         Width of the hidden layers; by default the square root of the number of genes or regions, the larger.
     n_latent

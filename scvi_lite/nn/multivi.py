@@ -22,7 +22,7 @@ from scvi_lite.nn.vae import VAE, CountVAE, Decoder, Posterior, VAEConfig, by_co
 
 CHOICES = {
     "modality_weights": ("equal", "universal", "cell"),
-    "modality_penalty": ("Jeffreys", "MMD", "None"),
+    "modality_penalty": ("Jeffreys", "exact-Jeffreys", "MMD", "None"),
     "protein_dispersion": DISPERSIONS,
 }
 WIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the kernels of the MMD, in the units of the prior of z
@@ -270,6 +270,8 @@ class MULTIVIModule(VAE):
         for i, j in combinations(parts, 2):
             both_n = has_n[i] & has_n[j]
             if self.config.modality_penalty == "Jeffreys":
+                penalty_n = penalty_n + torch.where(both_n, jeffreys(softened(parts[i]), softened(parts[j])), 0.0)
+            elif self.config.modality_penalty == "exact-Jeffreys":
                 penalty_n = penalty_n + torch.where(both_n, jeffreys(parts[i], parts[j]), 0.0)
             elif self.config.modality_penalty == "MMD":
                 distance = mmd(parts[i].sample_z(), parts[j].sample_z(), both_n.to(penalty_n.dtype))
@@ -324,6 +326,11 @@ def jeffreys(one: Posterior, other: Posterior) -> Tensor:
     there = kl_normal(one.z_loc_nk, one.z_scale_nk, other.z_loc_nk, other.z_scale_nk**2)
     back = kl_normal(other.z_loc_nk, other.z_scale_nk, one.z_loc_nk, one.z_scale_nk**2)
     return (there + back).sum(-1)
+
+
+def softened(q: Posterior) -> Posterior:
+    """The normals with the roots of their standard deviations, which are wider where the data say much."""
+    return Posterior(q.z_loc_nk, q.z_scale_nk.sqrt())
 
 
 def mmd(x_nk: Tensor, y_nk: Tensor, weight_n: Tensor) -> Tensor:
