@@ -137,12 +137,8 @@ def test_save_is_safe_on_all_ranks(ranks):
 def test_resume_within_an_epoch(ranks):
     """Every rank goes on where it was, random numbers included."""
     for rank in ranks:
-        for what in ("history", "indices"):
+        for what in ("weights", "history", "indices"):
             assert rank["resumed"][what] == rank["whole"][what], what
-        for name, expected in rank["whole"]["weights"].items():
-            # Batch norm takes this bias away: its gradient is what rounding leaves, and that differs now and then.
-            tolerance = 1e-7 if name.endswith("linear.bias") else 0
-            assert rank["resumed"]["weights"][name] == pytest.approx(expected, rel=0, abs=tolerance), name
         n_steps = len(rank["resumed"]["train"])
         assert rank["resumed"]["train"] == rank["whole"]["train"][-n_steps:]
         assert rank["resumed"]["noise"] == rank["whole"]["noise"][-n_steps:]
