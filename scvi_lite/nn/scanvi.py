@@ -16,8 +16,9 @@ from torch import Tensor
 
 from scvi_lite.data.batch import Batch
 from scvi_lite.errors import as_options, check_options
+from scvi_lite.nn import layers
 from scvi_lite.nn.classifier import Classifier
-from scvi_lite.nn.layers import Encoder, Hidden, dropout
+from scvi_lite.nn.layers import Encoder, Hidden
 from scvi_lite.nn.module import Loss
 from scvi_lite.nn.normal import draw_normal, kl_normal, log_normal
 from scvi_lite.nn.vae import CountVAE, Posterior, VAEConfig
@@ -134,7 +135,7 @@ class SCANVIModule(CountVAE):
 
         c, keep_nh = self.config, None
         if self.u_encoder.hidden.training and c.dropout_rate:
-            keep_nh = dropout(z_nk.new_ones(len(z_nk), c.n_hidden), c.dropout_rate)
+            keep_nh = layers.dropout(z_nk.new_ones(len(z_nk), c.n_hidden), c.dropout_rate)
         noise_lnk = draw_normal(z_nk.new_zeros(c.n_known, *z_nk.shape), z_nk.new_ones(()))
         draws = z_nk, q.z_loc_nk, q.z_scale_nk, log_prob_nl, self.label_prior.log()
         return label_terms(*draws, self.u_encoder, self.z_decoder, keep_nh, noise_lnk)
