@@ -80,8 +80,9 @@ def main() -> None:
 def add(row: dict[str, object], about: dict[str, object], out: Path) -> None:
     """Put a row into the results, in the place of an older one of the same method and seed; means over the seeds."""
     print(row, flush=True)
-    rows = json.loads(out.read_text())["rows"] if out.exists() else []
-    rows = [other for other in rows if (other["method"], other["seed"]) != (row["method"], row["seed"])] + [row]
+    before = json.loads(out.read_text()) if out.exists() else {"rows": []}
+    same = (row["method"], row["seed"])
+    rows = [other for other in before["rows"] if (other["method"], other["seed"]) != same] + [row]
     rows.sort(key=lambda r: (list(METHODS).index(r["method"]), r["seed"]))
     table = pd.DataFrame(rows).groupby("method", sort=False)[[*SCORES]]
     mean, low, high = table.mean().round(4), table.min(), table.max()
@@ -89,7 +90,7 @@ def add(row: dict[str, object], about: dict[str, object], out: Path) -> None:
         method: {name: [mean.loc[method, name], low.loc[method, name], high.loc[method, name]] for name in SCORES}
         for method in mean.index
     }
-    out.write_text(json.dumps({**about, "mean_lowest_highest": summary, "rows": rows}, indent=1) + "\n")
+    out.write_text(json.dumps({**before, **about, "mean_lowest_highest": summary, "rows": rows}, indent=1) + "\n")
 
 
 def simulate(path: Path, seed: int) -> tuple[anndata.AnnData, anndata.AnnData, pd.DataFrame]:

@@ -2,8 +2,8 @@
 
 ``python benchmarks/label_transfer.py DATA --peer /path/to/python`` trains SCVI, then SCANVI, on the two 10x batches of
 ``pbmc_multitech`` (2,000 genes that vary there), maps ``kang_ctrl`` and ``kang_stim`` onto it, both without labels, and
-trains each for a few epochs with the reference frozen. Each side runs in a process of its own, in turn, for each seed.
-Reported are
+trains each for a few epochs with the reference frozen. Each side runs in a process of its own, in turn, for each
+seed, and its row takes the place of an older one. Reported are
 
 - ``accuracy`` and ``f1`` (mean over types) on the labelled cells of ``kang_ctrl``, and ``accuracy_unmapped`` where the
   query is asked before any training on it;
@@ -60,7 +60,9 @@ def main() -> None:
         return
     sides = {"scvi_lite": sys.executable} | ({"scvi": args.peer} if args.peer else {})
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    rows: list[dict[str, Any]] = []
+    recipe = {"epochs": EPOCHS, "network": NETWORK}
+    before = json.loads(OUT.read_text()) if OUT.exists() else {}
+    rows: list[dict[str, Any]] = before["rows"] if recipe == {name: before.get(name) for name in recipe} else []
     with tempfile.TemporaryDirectory() as folder:
         prepare(args.data, Path(folder))
         for seed in args.seeds:
@@ -69,10 +71,11 @@ def main() -> None:
                 done = subprocess.run(command, capture_output=True, text=True, env=environment)
                 if done.returncode:
                     raise SystemExit(done.stderr)
+                rows = [row for row in rows if (row["package"], row["seed"]) != (package, seed)]
                 rows.append({"package": package, "seed": seed} | json.loads(done.stdout.splitlines()[-1]))
                 print(rows[-1], flush=True)
-                OUT.write_text(json.dumps({"epochs": EPOCHS, "network": NETWORK, "rows": rows}, indent=1) + "\n")
-    for package in sides:
+                OUT.write_text(json.dumps(recipe | {"rows": rows}, indent=1) + "\n")
+    for package in dict.fromkeys(row["package"] for row in rows):
         ours = [row for row in rows if row["package"] == package]
         means = {name: np.mean([row[name] for row in ours]) for name in ours[0] if name not in ("package", "seed")}
         print(f"{package:10}", "  ".join(f"{name} {value:.3f}" for name, value in means.items()))
