@@ -50,9 +50,6 @@ INSTEAD: dict[str, dict[str, str]] = {
             DATA_SETS,
         ),
     },
-    "scvi_lite.distributions": {
-        **dict.fromkeys(("BetaBinomial", "Log1pNormal", "ZeroInflatedGamma", "ZeroInflatedLogNormal"), OTHER_MODELS),
-    },
     "scvi_lite.model": {
         "base": "the base of all models is scvi_lite.model.Model",
         "get_max_epochs_heuristic": "train() takes min(round(20000 / n_cells * 400), 400) epochs",

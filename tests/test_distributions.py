@@ -92,8 +92,12 @@ MADE = {
     "mixture_two_thetas": lambda: d.NegativeBinomialMixture(MU, 2 * MU, THETA, LOGIT, theta2=3 * THETA),
     "poisson": lambda: d.Poisson(MU, scale=MU / MU.sum()),
     "normal": lambda: d.Normal(MU, THETA, normal_mu=MU / MU.sum()),
+    "beta_binomial": lambda: d.BetaBinomial(10 * torch.ones(3), alpha=MU, beta=THETA),
+    "zi_gamma": lambda: d.ZeroInflatedGamma(THETA, MU, LOGIT, scale=MU / MU.sum()),
+    "zi_log_normal": lambda: d.ZeroInflatedLogNormal(MU / 20, LOGIT.exp() / 8, LOGIT, normal_mu=MU / MU.sum()),
+    "log1p_normal": lambda: d.Log1pNormal(MU / 20 + 2, LOGIT.exp() / 8, scale=MU / MU.sum()),
 }
-COUNTING = [name for name in MADE if name != "normal"]
+COUNTING = ["nb", "zinb", "mixture", "mixture_two_thetas", "poisson"]
 
 
 @pytest.mark.parametrize("name", MADE)
@@ -132,8 +136,53 @@ def test_negative_counts_are_impossible_or_refused(name):
     distribution._validate_args = False
     assert (distribution.log_prob(torch.tensor(-1.0)) == -torch.inf).all()
     distribution._validate_args = True
-    with pytest.raises(ValueError, match="support"):
+    refused = pytest.raises(ValueError, match="support")
+    with refused if name == "poisson" else pytest.warns(UserWarning, match="must be within the support"):
         distribution.log_prob(torch.tensor(-1.0))
+
+
+@pytest.mark.parametrize("name", ["zi_gamma", "zi_log_normal", "log1p_normal"])
+def test_negative_values_are_impossible_and_warned_of(name):
+    distribution = MADE[name]()
+    assert (distribution.log_prob(torch.tensor(-1.0)) == -torch.inf).all()
+    distribution._validate_args = True
+    with pytest.warns(UserWarning, match="must be within the support"):
+        distribution.log_prob(torch.tensor(-1.0))
+
+
+def test_beta_binomial_equals_scipy():
+    x = torch.arange(11.0, dtype=torch.float64)[:, None, None]
+    a, b = MU.double(), THETA.double()
+    expected = scipy.stats.betabinom.logpmf(x.numpy(), 10, a.numpy(), b.numpy())
+    n = torch.tensor(10.0, dtype=torch.float64)
+    close(d.BetaBinomial(n, alpha=a, beta=b).log_prob(x), expected)
+    close(d.BetaBinomial(n, mu=a / (a + b), gamma=1 / (a + b + 1)).log_prob(x), expected)
+    with pytest.raises(ValueError, match="found alpha, gamma"):
+        d.BetaBinomial(n, alpha=a, gamma=b)
+    with pytest.raises(ValueError, match="support"):
+        d.BetaBinomial(n, alpha=a, beta=b, validate_args=True).log_prob(n + 1)
+
+
+def test_zero_inflated_densities_equal_scipy():
+    mu, theta, pi, x = MU.double(), THETA.double(), LOGIT.double(), X[1:, None, None]
+    for distribution, density in (
+        (d.ZeroInflatedGamma(theta, mu, pi), scipy.stats.gamma(theta.numpy(), scale=1 / mu.numpy())),
+        (d.ZeroInflatedLogNormal(mu, theta, pi), scipy.stats.lognorm(theta.numpy(), scale=mu.exp().numpy())),
+    ):
+        close(distribution.log_prob(x), density.logpdf(x.numpy()) + np.log1p(-pi.sigmoid().numpy()))
+        close(distribution.log_prob(torch.tensor(0.0)), np.log(pi.sigmoid().expand(1, 3).numpy()))
+    above = 1 + X[:, None, None]
+    expected = scipy.stats.lognorm.logpdf(above.numpy(), theta.numpy(), scale=mu.exp().numpy())
+    close(d.Log1pNormal(mu, theta).log_prob(above - 1), expected)
+
+
+@pytest.mark.parametrize("name", ["zi_gamma", "zi_log_normal"])
+def test_a_zero_gives_gradients_that_are_finite(name):
+    parameters = [t.clone().requires_grad_() for t in (MU, THETA, LOGIT)]
+    kind = {"zi_gamma": d.ZeroInflatedGamma, "zi_log_normal": d.ZeroInflatedLogNormal}[name]
+    kind(*parameters).log_prob(torch.zeros(3)).sum().backward()
+    assert all(t.grad.isfinite().all() for t in parameters)
+    assert (parameters[2].grad != 0).all()
 
 
 def test_two_ways_to_say_a_negative_binomial():
@@ -169,6 +218,11 @@ def test_other_refusals():
         d.NegativeBinomial(mu=-MU, theta=THETA, validate_args=True)
     with pytest.raises(AttributeError, match="Did you mean 'NegativeBinomial'"):
         _ = d.NegativeBinomal
+
+
+@pytest.mark.parametrize("name", ["zi_gamma", "zi_log_normal", "log1p_normal"])
+def test_proportions_are_carried_along(name):
+    torch.testing.assert_close(MADE[name]().get_normalized("scale"), MU / MU.sum())
 
 
 @pytest.mark.parametrize("name", ["nb", "zinb", "poisson", "normal"])

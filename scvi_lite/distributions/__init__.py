@@ -6,9 +6,12 @@ classes are imported when first asked for, as training does without them.
 
 from scvi_lite._lazy import lazy
 
-_CLASSES = ("NegativeBinomial", "Normal", "Poisson", "ZeroInflatedNegativeBinomial")
+_FILES = {
+    "classes": ("NegativeBinomial", "Normal", "Poisson", "ZeroInflatedNegativeBinomial"),
+    "mixture": ("NegativeBinomialMixture",),
+    "zero_inflated": ("Log1pNormal", "ZeroInflatedGamma", "ZeroInflatedLogNormal"),
+    "beta_binomial": ("BetaBinomial",),
+}
 __getattr__, __dir__ = lazy(
-    __name__,
-    dict.fromkeys(_CLASSES, "scvi_lite.distributions.classes")
-    | {"NegativeBinomialMixture": "scvi_lite.distributions.mixture"},
+    __name__, {name: f"scvi_lite.distributions.{file}" for file, names in _FILES.items() for name in names}
 )

@@ -13,6 +13,7 @@ from torch.distributions import constraints
 from torch.distributions.utils import broadcast_all
 
 from scvi_lite.distributions.counts import nb_log_prob, normal_log_prob, poisson_log_prob, zinb_log_prob
+from scvi_lite.errors import warn
 
 # A mean of zero has a log; what it says of positive counts is as good as impossible.
 TINY = 1e-30
@@ -82,8 +83,7 @@ class NegativeBinomial(distributions.Distribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-probability of each count; minus infinity below zero."""
-        if self._validate_args:
-            self._validate_sample(value)
+        warn_outside(self, value)
         value = torch.as_tensor(value, dtype=self.mu.dtype, device=self.mu.device)
         return torch.where(value < 0, -torch.inf, self._log_prob(value.clamp(min=0)))
 
@@ -91,14 +91,14 @@ class NegativeBinomial(distributions.Distribution):
         return nb_log_prob(value, log_rate(self.mu), log_rate(self.theta))
 
     @torch.no_grad()
-    def sample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
+    def sample(self, sample_shape: Size | list[int] | tuple[int, ...] | None = None) -> Tensor:
         """Draw counts: ``sample_shape`` followed by the shape of ``mu``."""
-        shape = self._extended_shape(Size(sample_shape))
+        shape = self._extended_shape(extend(sample_shape))
         return draw_counts(self.mu.expand(shape), self.theta.expand(shape))
 
     def get_normalized(self, key: str) -> Tensor:
         """Expected proportions (``"scale"``) or expected counts (``"mu"``)."""
-        return _normalized(key, scale=self.scale, mu=self.mu)
+        return normalized(key, scale=self.scale, mu=self.mu)
 
     def __repr__(self) -> str:
         return describe(self, "mu", "theta", "scale")
@@ -152,7 +152,7 @@ class ZeroInflatedNegativeBinomial(NegativeBinomial):
         return zinb_log_prob(value, log_rate(self.mu), log_rate(self.theta), self.zi_logits)
 
     @torch.no_grad()
-    def sample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
+    def sample(self, sample_shape: Size | list[int] | tuple[int, ...] | None = None) -> Tensor:
         """Draw counts: ``sample_shape`` followed by the shape of ``mu``."""
         counts = super().sample(sample_shape)
         return counts.masked_fill(torch.rand_like(counts) < self.zi_probs, 0.0)
@@ -181,18 +181,20 @@ class Poisson(distributions.Poisson):
 
     def get_normalized(self, key: str) -> Tensor:
         """Expected proportions (``"scale"``) or expected counts (``"mu"``, ``"rate"``)."""
-        return _normalized(key, scale=self.scale, mu=self.rate, rate=self.rate)
+        return normalized(key, scale=self.scale, mu=self.rate, rate=self.rate)
 
 
 class Normal(distributions.Normal):
-    """Normal that carries ``normal_mu``, the expected expression, along for :meth:`get_normalized`.
+    """Normal with mean ``mu`` and standard deviation ``scale``.
+
+    ``normal_mu``, the expected expression, is carried along for :meth:`get_normalized`.
 
     >>> Normal(torch.tensor(0.0), torch.tensor(1.0)).log_prob(torch.tensor(0.0))
     tensor(-0.9189)
     """
 
-    def __init__(self, loc: Tensor, scale: Tensor, validate_args: bool | None = None, normal_mu: Tensor | None = None):
-        super().__init__(loc, scale, validate_args=validate_args)
+    def __init__(self, mu: Tensor, scale: Tensor, validate_args: bool | None = None, normal_mu: Tensor | None = None):
+        super().__init__(mu, scale, validate_args=validate_args)
         self.normal_mu = normal_mu
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -205,7 +207,7 @@ class Normal(distributions.Normal):
 
     def get_normalized(self, key: str) -> Tensor:
         """Expected expression (``"scale"`` or ``"mu"``)."""
-        return _normalized(key, scale=self.normal_mu, mu=self.normal_mu)
+        return normalized(key, scale=self.normal_mu, mu=self.normal_mu)
 
 
 def _mu_theta(
@@ -237,7 +239,28 @@ def draw_counts(mu: Tensor, theta: Tensor) -> Tensor:
     return torch.poisson(rate.clamp(max=MAX_RATE))
 
 
-def _normalized(key: str, **known: Tensor | None) -> Tensor:
+def warn_outside(distribution: distributions.Distribution, value: Tensor) -> None:
+    """Warn of values that the distribution cannot give, where it was made to check them; they are scored all the same.
+
+    So scripts that score values which are not quite counts go on.
+    """
+    if distribution._validate_args and not distribution.support.check(torch.as_tensor(value)).all():
+        warn(f"The value argument must be within the support of {type(distribution).__name__}, and some is not.")
+
+
+def extend(sample_shape: Size | list[int] | tuple[int, ...] | None) -> Size:
+    """The shape of several draws; None for one."""
+    return Size(() if sample_shape is None else sample_shape)
+
+
+def normalized(key: str, **known: Tensor | None) -> Tensor:
+    """What ``get_normalized`` gives: one of the parts that the distribution was made with.
+
+    Raises
+    ------
+    ValueError
+        If there is no such part, or it was not given.
+    """
     if key not in known:
         raise ValueError(f"get_normalized knows {', '.join(map(repr, known))}; found {key!r}.")
     value = known[key]

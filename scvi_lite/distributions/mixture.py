@@ -10,7 +10,7 @@ from torch.distributions import constraints
 from torch.distributions.utils import broadcast_all
 from torch.nn.functional import softplus
 
-from scvi_lite.distributions.classes import describe, draw_counts, log_rate
+from scvi_lite.distributions.classes import describe, draw_counts, extend, log_rate, warn_outside
 from scvi_lite.distributions.counts import nb_log_prob
 
 
@@ -69,8 +69,7 @@ class NegativeBinomialMixture(distributions.Distribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-probability of each count; minus infinity below zero."""
-        if self._validate_args:
-            self._validate_sample(value)
+        warn_outside(self, value)
         value = torch.as_tensor(value, dtype=self.mu1.dtype, device=self.mu1.device)
         x, pi = value.clamp(min=0), self.mixture_logits
         first = nb_log_prob(x, log_rate(self.mu1), log_rate(self.theta1)) - softplus(-pi)
@@ -78,9 +77,9 @@ class NegativeBinomialMixture(distributions.Distribution):
         return torch.where(value < 0, -torch.inf, torch.logaddexp(first, second))
 
     @torch.no_grad()
-    def sample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
+    def sample(self, sample_shape: Size | list[int] | tuple[int, ...] | None = None) -> Tensor:
         """Draw counts: ``sample_shape`` followed by the shape of ``mu1``."""
-        first = torch.bernoulli(self.mixture_probs.expand(self._extended_shape(Size(sample_shape)))).bool()
+        first = torch.bernoulli(self.mixture_probs.expand(self._extended_shape(extend(sample_shape)))).bool()
         return draw_counts(torch.where(first, self.mu1, self.mu2), torch.where(first, self.theta1, self._second_theta))
 
     def __repr__(self) -> str:
