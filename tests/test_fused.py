@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scvi_lite import _compiled
 from scvi_lite.data.batch import Counts
 from scvi_lite.distributions import counts as reference
 from scvi_lite.distributions import fused, kernels, sparse
@@ -176,7 +177,7 @@ def test_compiles_without_a_graph_break(form):
 
 @FORM
 def test_threads_change_nothing(form, monkeypatch):
-    monkeypatch.setattr(kernels, "MIN_WORK", 1)
+    monkeypatch.setattr(_compiled, "MIN_WORK", 1)
     counts, inputs, up_n = draw(form, 11, 50, dtype=torch.float32)
     results = []
     for n_threads in (1, 3):
@@ -193,8 +194,9 @@ def test_a_forked_process_has_threads_of_its_own():
     code = """
 import os, torch
 from scvi_lite.data.batch import Counts
-from scvi_lite.distributions import fused, kernels
-kernels.MIN_WORK = 1
+from scvi_lite import _compiled
+from scvi_lite.distributions import fused
+_compiled.MIN_WORK = 1
 torch.set_num_threads(2)
 counts = Counts.from_dense(torch.ones(4, 3))
 value_n = fused.poisson(counts, torch.zeros(4, 3), None)

@@ -169,7 +169,7 @@ def test_a_part_of_a_store_shares_its_memory_until_it_is_moved():
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int32, np.int64, np.uint8])
 @pytest.mark.parametrize("spoil", ["nothing", "order", "zero", "twice"])
 def test_rows_are_gathered_as_scipy_gives_them(dtype, spoil, monkeypatch):
-    monkeypatch.setattr("scvi_lite.data.kernels.MIN_WORK", 8)  # so that threads share even few rows
+    monkeypatch.setattr("scvi_lite._compiled.MIN_WORK", 8)  # so that threads share even few rows
     x_ng = np.random.default_rng(0).poisson(0.8, (40, 6)).astype(dtype)
     x_ng[0], x_ng[7] = [1, 2, 0, 3, 0, 0], 0
     matrix = sp.csr_matrix(x_ng)

@@ -135,7 +135,7 @@ class Change:
 
     def __call__(self, one: Draws, two: Draws, pairs: Pairs) -> Columns:
         """Columns of the result, (g,) each."""
-        from scvi_lite.data.kernels import in_threads
+        from scvi_lite._compiled import on_threads
 
         offset = estimate_pseudocounts(one, two) if self.pseudocounts is None else self.pseudocounts
         effect = self._effect_with(np.float32(offset))
@@ -151,7 +151,7 @@ class Change:
 
             # NumPy's own functions may run in threads; those of a user might mind.
             shares = (
-                in_threads(share, one.value_sg.shape[1], one.value_sg.size)
+                on_threads(share, one.value_sg.shape[1], one.value_sg.size)
                 if self._is_plain
                 else [share(0, one.value_sg.shape[1])]
             )

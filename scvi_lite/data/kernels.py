@@ -2,58 +2,17 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numba
 import numpy as np
 import torch
 from torch import Tensor
 
+from scvi_lite._compiled import compiled, on_threads
+
 if TYPE_CHECKING:
     from scvi_lite.data.batch import Counts
-
-# A thread is worth its start from this many elements on.
-MIN_WORK = 1 << 15
-
-
-@cache
-def compiled(function: Callable[..., None]) -> Any:
-    """A function compiled by Numba when it is first called; the result is kept on disk where that can be written."""
-    try:
-        return numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # nowhere to keep the result
-        return numba.njit(nogil=True)(function)
-
-
-@cache
-def _threads(pid: int) -> ThreadPoolExecutor:
-    """Threads of this process; those of a parent do not survive a fork."""
-    return ThreadPoolExecutor(thread_name_prefix="scvi_lite")
-
-
-def in_threads(function: Callable[[int, int], Any], n: int, work: int) -> list[Any]:
-    """Call ``function(first, last)`` on shares of ``range(n)``, one a thread, as many threads as PyTorch uses.
-
-    Parameters
-    ----------
-    function
-        Releases the lock of the interpreter, as compiled functions do.
-    n
-        Rows.
-    work
-        Elements in all of them: few are left to one thread.
-
-    >>> in_threads(lambda first, last: last - first, 10, 100)
-    [10]
-    """
-    n_threads = max(1, min(torch.get_num_threads(), n, work // MIN_WORK))
-    edges = [k * n // n_threads for k in range(n_threads + 1)]
-    others = [_threads(os.getpid()).submit(function, *edges[k : k + 2]) for k in range(1, n_threads)]
-    return [function(*edges[:2]), *(other.result() for other in others)]
 
 
 def copy_rows(row_n: Tensor, start: Tensor, col: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -125,7 +84,7 @@ def gather_rows(
     value_m, total_n = torch.empty(m, dtype=torch.float32), torch.empty(n, dtype=torch.float32)
     kernel = compiled(_gather_rows)
     arrays = (first_n, start, col, value, *(t.numpy() for t in (row_m, col_m, value_m, total_n)))
-    wrong = in_threads(lambda first, last: kernel(first, last, *arrays), n, m)
+    wrong = on_threads(lambda first, last: kernel(first, last, *arrays), n, m)
     return None if any(wrong) else (row_m, col_m, value_m, total_n)
 
 
@@ -195,11 +154,11 @@ def block_rows(
     count_bn = torch.empty(-(-n_features // n_block), n, dtype=torch.int32)
     arrays = start.numpy(), col_m.numpy()
     counter, copier = compiled(_count_blocks), compiled(_copy_blocks)
-    in_threads(lambda first, last: counter(first, last, *arrays, n_block, count_bn.numpy()), n, m)
+    on_threads(lambda first, last: counter(first, last, *arrays, n_block, count_bn.numpy()), n, m)
     start_bn = (count_bn.flatten().cumsum(0, dtype=torch.int32) - count_bn.flatten()).view_as(count_bn)
     col_to, value_to = torch.empty(m, dtype=torch.int32), torch.empty(m, dtype=torch.float32)
     more = [t.numpy() for t in (value_m, count_bn, start_bn, col_to, value_to)]
-    in_threads(lambda first, last: copier(first, last, *arrays, *more), n, m)
+    on_threads(lambda first, last: copier(first, last, *arrays, *more), n, m)
     return start_bn, col_to, value_to
 
 
@@ -230,7 +189,7 @@ def fill_rows(start: Tensor, col_m: Tensor, value_m: Tensor, n_features: int) ->
     """
     x_ng = value_m.new_empty(start.shape[0] - 1, n_features)
     kernel, arrays = compiled(_fill_rows), [t.numpy() for t in (start, col_m, value_m, x_ng)]
-    in_threads(lambda first, last: kernel(first, last, *arrays), x_ng.shape[0], x_ng.numel())
+    on_threads(lambda first, last: kernel(first, last, *arrays), x_ng.shape[0], x_ng.numel())
     return x_ng
 
 

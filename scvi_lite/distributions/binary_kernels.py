@@ -11,7 +11,8 @@ from numba import njit
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from scvi_lite.distributions.kernels import ANY_ORDER, F, compiled, exp, log1p, on_threads
+from scvi_lite._compiled import compiled, on_threads
+from scvi_lite.distributions.kernels import ANY_ORDER, F, exp, log1p
 
 
 @njit(fastmath=ANY_ORDER, error_model="numpy")
@@ -68,8 +69,11 @@ def score(
     inputs: list[Any] = [t.detach().contiguous().numpy() for t in [*tensors, value_n, w_n]] + [F(weight or 0)]
     full = [logit_nr.new_empty(0 if weight is None else n, n_regions) for _ in range(2)]
 
-    def arguments() -> list[Any]:  # without gradients, each thread has one row to write to
-        return inputs + [t.numpy() for t in ([logit_nr.new_empty(1, n_regions)] * 2 if weight is None else full)]
+    kernel = compiled(score_rows)
 
-    on_threads(compiled(score_rows), n, n_regions, arguments)
+    def share(first: int, last: int) -> None:  # without gradients, each thread has one row to write to
+        outputs = [logit_nr.new_empty(1, n_regions)] * 2 if weight is None else full
+        kernel(first, last, *inputs, *(t.numpy() for t in outputs))
+
+    on_threads(share, n, n * n_regions)
     return value_n, full[0], full[1], w_n

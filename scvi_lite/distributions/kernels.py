@@ -11,10 +11,7 @@ in the user's cache, where that cannot be written).
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from collections.abc import Sequence
 from typing import Any
 
 import numba
@@ -23,6 +20,7 @@ import torch
 from numba.extending import intrinsic
 from torch import Tensor
 
+from scvi_lite._compiled import compiled, on_threads
 from scvi_lite.distributions.counts import LOG_THETA_RANGE
 
 F, INT, U = np.float32, np.int32, np.uint64
@@ -33,8 +31,6 @@ MAX_PRODUCT = 16
 LOG_FACTORIAL = np.array([math.lgamma(x + 1.0) for x in range(MAX_PRODUCT + 1)])
 # A theta below is nothing beside nearly any mean.
 TINY = F(1e-17)
-# A thread is worth its start from this many elements on.
-MIN_WORK = 1 << 15
 
 
 def _wide(context):
@@ -352,35 +348,6 @@ def score_rows(
             to_logit(i, weight, F(dlibrary / total), e_g, dlogit_ng)
 
 
-@cache
-def compiled(function: Callable[..., None]) -> Callable[..., None]:
-    """A function over the rows of a minibatch, compiled; the result is kept on disk where that can be written."""
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
-    try:
-        return numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # nowhere to keep the result
-        return numba.njit(**options)(function)
-
-
-@cache
-def _threads(pid: int) -> ThreadPoolExecutor:
-    """Threads of this process; those of a parent do not survive a fork."""
-    return ThreadPoolExecutor(thread_name_prefix="scvi_lite")
-
-
-def on_threads(function: Callable[..., None], n: int, g: int, arguments: Callable[[], Sequence[Any]]) -> None:
-    """Call a function over the rows of an (n, g) minibatch, each thread on a share of them.
-
-    It is given the first row and the one after the last of its share, and ``arguments()``, asked for anew each time.
-    """
-    n_threads = max(1, min(torch.get_num_threads(), n, n * g // MIN_WORK))
-    calls = [(k * n // n_threads, (k + 1) * n // n_threads, *arguments()) for k in range(n_threads)]
-    others = [_threads(os.getpid()).submit(function, *call) for call in calls[1:]]
-    function(*calls[0])
-    for other in others:
-        other.result()
-
-
 def _table(log_theta: Tensor | None, theta: Tensor | None, n_nonzeros: int) -> Tensor | None:
     """The table of :func:`fill_table`, where theta is one for each gene and there are counts enough to use it."""
     if log_theta is None or theta is None or log_theta.shape[0] > 1 or n_nonzeros < log_theta.shape[1]:
@@ -420,5 +387,6 @@ def score(
         return [None if t is None else t.detach().contiguous().numpy() for t in tensors]
 
     arguments = [*arrays(inputs), F(weight or 0.0), *arrays([value_n, dlibrary_n, *full])]
-    on_threads(compiled(score_rows), n, g, lambda: arguments)
+    kernel = compiled(score_rows)
+    on_threads(lambda first, last: kernel(first, last, *arguments), n, n * g)
     return value_n, (full[0], None if library_n is None else dlibrary_n, full[1], full[2])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from scvi_lite.distributions.kernels import U, compiled
+from scvi_lite._compiled import compiled
+from scvi_lite.distributions.kernels import U
 
 
 def by_feature(start: Tensor, col_m: Tensor, value_m: Tensor, n_features: int) -> tuple[Tensor, Tensor, Tensor]:

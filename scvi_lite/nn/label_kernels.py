@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from scvi_lite.distributions.kernels import compiled
+from scvi_lite._compiled import compiled
 
 LOG_2PI = math.log(2 * math.pi)
 

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scvi_lite.distributions.kernels import ANY_ORDER, compiled, exp, on_threads
+from scvi_lite._compiled import compiled, on_threads
+from scvi_lite.distributions.kernels import ANY_ORDER, exp
 
 F, INT = np.float32, np.int32
 
@@ -88,7 +89,8 @@ def backward_rows(first, last, row_rg, share_nr, grad_ng, dshare_nr, dbias_lg):
 def add_rows(row_rg: Tensor, bias_lg: Tensor, share_nr: Tensor, mean_ng: Tensor) -> None:
     """Turn logits (n·r, g) into softmax, in place, and fill their mean (n, g), weighed by the shares (n, r)."""
     arrays = [t.detach().numpy() for t in (row_rg, bias_lg, share_nr, mean_ng)]
-    on_threads(compiled(forward_rows), len(share_nr), row_rg.numel() // len(share_nr), lambda: arrays)
+    kernel = compiled(forward_rows)
+    on_threads(lambda first, last: kernel(first, last, *arrays), len(share_nr), row_rg.numel())
 
 
 def rows_to_gradients(
@@ -96,11 +98,11 @@ def rows_to_gradients(
 ) -> Tensor:
     """Turn softmax into the gradient of the logits, in place; fill that of the shares and give that of the bias."""
     arrays = [t.detach().numpy() for t in (row_rg, share_nr, grad_ng, dshare_nr)]
-    dbias: list[Tensor] = []
+    kernel = compiled(backward_rows)
 
-    def arguments() -> list[np.ndarray]:  # each thread has a sum of its own
-        dbias.append(grad_ng.new_zeros(bias_shape))
-        return [*arrays, dbias[-1].numpy()]
+    def share(first: int, last: int) -> np.ndarray:
+        dbias_lg = np.zeros(bias_shape, F)
+        kernel(first, last, *arrays, dbias_lg)
+        return dbias_lg
 
-    on_threads(compiled(backward_rows), len(share_nr), row_rg.numel() // len(share_nr), arguments)
-    return torch.stack(dbias).sum(0)
+    return torch.from_numpy(sum(on_threads(share, len(share_nr), row_rg.numel())))

@@ -1,0 +1,106 @@
+"""Functions over the rows of a minibatch: compiled for the CPU by Numba, and run on the threads of PyTorch.
+
+PyTorch's threads stay awake for a moment after each of its operations. Another pool of threads would have to share the
+processor with them while they wait, so theirs are used: the OpenMP library that PyTorch has loaded is asked to call us
+back. Where it cannot be asked (no OpenMP, a forked process) there is a pool of our own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import numba
+import torch
+
+# A thread is worth its call from this many elements on.
+MIN_WORK = 1 << 14
+HOME = os.getpid()  # OpenMP does not survive a fork
+
+
+@cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function compiled when it is first called; the result is kept on disk where that can be written."""
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except RuntimeError:  # nowhere to keep the result
+        return numba.njit(**options)(function)
+
+
+def on_threads(function: Callable[[int, int], Any], n: int, work: int) -> list[Any]:
+    """Call ``function(first, last)`` on shares of ``range(n)``, as many as PyTorch has threads, all at once.
+
+    Parameters
+    ----------
+    function
+        Releases the lock of the interpreter, as compiled functions do.
+    n
+        Rows.
+    work
+        Elements in all of them: few are left to one thread.
+
+    >>> on_threads(lambda first, last: last - first, 10, 100)
+    [10]
+    """
+    n_shares = max(1, min(torch.get_num_threads(), n, work // MIN_WORK))
+    if n_shares == 1:
+        return [function(0, n)]
+    shares = _Shares(function, [k * n // n_shares for k in range(n_shares + 1)])
+    if os.getpid() == HOME and (parallel := _openmp()) is not None:
+        parallel(_take_shares, shares, n_shares, 0)
+    else:
+        others = [_pool(os.getpid()).submit(shares.take) for _ in range(n_shares - 1)]
+        shares.take()
+        for other in others:
+            other.result()
+    return shares.results()
+
+
+class _Shares:
+    """Shares of the rows that threads take one after the other, however many threads come."""
+
+    def __init__(self, function: Callable[[int, int], Any], edges: list[int]):
+        self.function, self.edges = function, edges
+        self.waiting = iter(range(len(edges) - 1))
+        self.done: dict[int, Any] = {}
+        self.error: BaseException | None = None
+
+    def take(self) -> None:
+        try:
+            for k in self.waiting:
+                self.done[k] = self.function(self.edges[k], self.edges[k + 1])
+        except BaseException as error:  # for the caller, who may be another thread
+            self.error = error
+
+    def results(self) -> list[Any]:
+        if self.error is not None:
+            raise self.error
+        if len(self.done) < len(self.edges) - 1:  # Python drops what interrupts a callback before its first line
+            raise KeyboardInterrupt
+        return [self.done[k] for k in range(len(self.done))]
+
+
+_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.py_object)
+_take_shares = _CALLBACK(_Shares.take)
+
+
+@cache
+def _openmp() -> Callable[..., None] | None:
+    """What compilers turn ``#pragma omp parallel`` into, of the library that PyTorch has loaded."""
+    try:
+        parallel = ctypes.CDLL(torch._C.__file__).GOMP_parallel
+    except (OSError, AttributeError):
+        return None
+    parallel.argtypes, parallel.restype = [_CALLBACK, ctypes.py_object, ctypes.c_uint, ctypes.c_uint], None
+    return parallel
+
+
+@cache
+def _pool(pid: int) -> ThreadPoolExecutor:
+    """Threads of this process; those of a parent do not survive a fork."""
+    return ThreadPoolExecutor(thread_name_prefix="scvi_lite")
