@@ -238,7 +238,9 @@ class Embedding(Field):
         return np.sqrt(values) if state.get("variance") else values
 
 
-def columns_of_obs(given: Mapping[str, Any], where: Mapping[str, str | None] | None = None) -> list[Field]:
+def columns_of_obs(
+    given: Mapping[str, Any], where: Mapping[str, str | None] | None = None, labels: Field | None = None
+) -> list[Field]:
     """The columns of ``obs`` that models read, as the arguments of a setup name them.
 
     Parameters
@@ -247,15 +249,17 @@ def columns_of_obs(given: Mapping[str, Any], where: Mapping[str, str | None] | N
         The arguments.
     where
         Of a MuData, the modality in which to look for each.
+    labels
+        The column of labels, where some cells may have none.
     """
     modality_of = where or {}
 
     def column(kind: Any, name: str, argument: str, **options: Any) -> Field:
-        return kind(name, argument, given[argument], modality=modality_of.get(argument), **options)
+        return kind(name, argument, given.get(argument), modality=modality_of.get(argument), **options)
 
     columns = [
         column(Categorical, "batch_n", "batch_key"),
-        column(Categorical, "label_n", "labels_key"),
+        labels or column(Categorical, "label_n", "labels_key"),
         column(Categoricals, "cats_nc", "categorical_covariate_keys"),
         column(Continuouses, "conts_nd", "continuous_covariate_keys"),
     ]

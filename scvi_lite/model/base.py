@@ -19,12 +19,12 @@ from scvi_lite.analysis.inputs import batch_codes, cell_rows, whole_number
 from scvi_lite.data import registry as registries
 from scvi_lite.data.batch import Batch
 from scvi_lite.data.disk import LazyStore
-from scvi_lite.data.fields import Field
+from scvi_lite.data.fields import Columns, Field
 from scvi_lite.data.genes import match_genes
 from scvi_lite.data.modalities import is_mudata
-from scvi_lite.data.registry import Registry, describe_field
-from scvi_lite.errors import StateError, unknown, warn, without_absent
-from scvi_lite.model import files
+from scvi_lite.data.registry import Registry
+from scvi_lite.errors import StateError, warn, without_absent
+from scvi_lite.model import files, setup
 from scvi_lite.nn.module import Module
 from scvi_lite.train.plan import Plan
 
@@ -42,25 +42,22 @@ ABSENT = {
     "library_log_means": "they are computed from the counts",
     "library_log_vars": "they are computed from the counts",
 }
-FURTHER_NUMBERS = (
-    ("n_extra_categorical_covs", "cats_nc", "columns"),
-    ("n_extra_continuous_covs", "conts_nd", "columns"),
-    ("n_proteins", "proteins_np", "names"),
+APART = ("self", "cls", "__class__", "adata", "mdata", "network_options", "absent", "trainer_kwargs", "options")
+WITH_UNDERSCORE = tuple(  # how scvi-tools spells some attributes, and scripts with it
+    f"{name}_" for name in ("history", "is_trained", "registry", "train_indices", "validation_indices", "test_indices")
 )
 INFERENCE_BATCH = 1024  # no gradients are kept, so minibatches can be larger than in training
 
 
-class Numbers(dict[str, int]):
-    """Numbers by name, which may be read as attributes, too.
+def arguments_of(names: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that a method names, but for the data: of its ``locals()``, asked for in its first line.
 
-    >>> Numbers(n_cells=5).n_cells
-    5
+    >>> def train(self, max_epochs=400, lr=1e-3, **trainer_kwargs):
+    ...     return arguments_of(locals())
+    >>> train(None, lr=0.1)
+    {'max_epochs': 400, 'lr': 0.1}
     """
-
-    def __getattr__(self, name: str) -> int:
-        if name not in self:
-            raise AttributeError(unknown("summary_stats", name, self, "one of its numbers", "Numbers"), name=name)
-        return self[name]
+    return {name: value for name, value in names.items() if name not in APART}
 
 
 class Model(metaclass=SaysInstead):
@@ -108,7 +105,8 @@ class Model(metaclass=SaysInstead):
 
     @classmethod
     def _register(cls, adata: AnnData, fields: Sequence[Field], setup_args: dict[str, Any]) -> None:
-        registries.register(adata, cls.__name__, fields, setup_args)
+        lists = {f.argument: f.keys for f in fields if isinstance(f, Columns) and f.argument in setup_args}
+        registries.register(adata, cls.__name__, fields, setup_args | lists)
 
     # Data -------------------------------------------------------------------------------------------------------------
 
@@ -154,18 +152,25 @@ class Model(metaclass=SaysInstead):
 
     _batch_codes = batch_codes
 
-    @property
-    def summary_stats(self) -> Numbers:
-        """Numbers of cells, genes, batches and labels that the model was set up with, of covariates and proteins."""
-        r = self.registry
-        numbers = Numbers(n_cells=r.n_cells, n_vars=r.n_features, n_batch=r.n_batches, n_labels=r.n_labels)
-        for name, field, part in FURTHER_NUMBERS:
-            if field in r.fields:
-                numbers[name] = len(r.fields[field][part])
-        return numbers
+    summary_stats = property(setup.summary_stats)
+    summary_string = property(setup.summary_string)
+    adata_manager = property(setup.adata_manager)
+    get_anndata_manager = setup.get_anndata_manager
+    get_from_registry = setup.get_from_registry
+    get_state_registry = setup.get_state_registry
+    get_setup_arg = setup.get_setup_arg
+    data_registry = setup.data_registry
+    view_anndata_setup = setup.view_anndata_setup
+    view_setup_args = staticmethod(setup.view_setup_args)
+    load_registry = staticmethod(setup.load_registry)
 
-    def get_var_names(self) -> list[str] | dict[str, list[str]]:
-        """Names of the genes in the order the model reads them; of a MuData, names of the features by modality."""
+    def get_var_names(self, legacy_mudata_format: bool = False) -> list[str] | dict[str, list[str]]:
+        """Names of the genes in the order the model reads them; of a MuData, names of the features by modality.
+
+        ``legacy_mudata_format``: of a MuData, too, one list of all names.
+        """
+        if legacy_mudata_format and isinstance(self._var_names, dict):
+            return [name for names in self._var_names.values() for name in names]
         return self._var_names.copy()
 
     @property
@@ -312,23 +317,10 @@ class Model(metaclass=SaysInstead):
 
     # For people -------------------------------------------------------------------------------------------------------
 
-    def view_anndata_setup(self, adata: AnnData | None = None, hide_state_registries: bool = False) -> None:
-        """Print what the model reads from the data: each field, where it is and, unless hidden, its categories."""
-        from rich.console import Console
-        from rich.table import Table
-
-        adata = self._check(adata)
-        table = Table(title=f"{type(self).__name__}: {adata.n_obs} cells × {adata.n_vars} features")
-        columns = ["field", "kind", "where"] if hide_state_registries else ["field", "kind", "where", "what"]
-        for column in columns:
-            table.add_column(column)
-        for name, state in self.registry.fields.items():
-            for where, what in describe_field(state):
-                table.add_row(*[name, state["kind"], where, what][: len(columns)])
-        Console().print(table)
-
     def __getattr__(self, name: str) -> Any:
         """Called for what is not there: say what to use instead of a name that scvi-tools has."""
+        if name in WITH_UNDERSCORE:
+            return getattr(self, name[:-1])
         raise no_attribute(self, name)
 
     def __repr__(self) -> str:

@@ -17,10 +17,10 @@ from torch import Tensor
 from scvi_lite.analysis import abundance, cell_types, differential, expression, latent, likelihood, predictive
 from scvi_lite.analysis.inputs import draw
 from scvi_lite.data.disk import LazyStore
-from scvi_lite.data.fields import Categorical, Categoricals, Continuous, Continuouses, Field, Matrix
+from scvi_lite.data.fields import Matrix, columns_of_obs
 from scvi_lite.data.labels import Labels
 from scvi_lite.errors import as_options, listing, warn
-from scvi_lite.model.base import Model
+from scvi_lite.model.base import Model, arguments_of
 from scvi_lite.nn.conditional import CondConfig, CondSCVIModule
 from scvi_lite.nn.configure import configure
 from scvi_lite.train.plan import Plan
@@ -129,9 +129,7 @@ class CondSCVI(Model):
         dropout_rate: float = 0.05,
         **network_options: Any,
     ):
-        given = dict(
-            n_hidden=n_hidden, n_latent=n_latent, n_layers=n_layers, weight_obs=weight_obs, dropout_rate=dropout_rate
-        )
+        given = arguments_of(locals())
         if isinstance(weight := network_options.get("ct_weight"), np.ndarray):
             network_options["ct_weight"] = weight.tolist()
         super().__init__(adata, given | network_options, (*given, *NETWORK_OPTIONS))
@@ -235,34 +233,16 @@ class CondSCVI(Model):
         ValueError
             If counts are negative, NaN or infinite, values are missing, or names repeat.
         """
+        given = arguments_of(locals())
         if labels_key is None:
             warn(
                 "labels_key is not given, so all cells count as one type. If there is a column of cell types, name it: "
                 f"CondSCVI.setup_anndata(adata, labels_key=...). Columns: {listing(adata.obs.columns)}."
             )
-        fields: list[Field] = [
-            Matrix("x", layer),
-            Categorical("batch_n", "batch_key", batch_key),
-            Categorical("label_n", "labels_key", labels_key),
-            Categoricals("cats_nc", "categorical_covariate_keys", None),
-            Continuouses("conts_nd", "continuous_covariate_keys", None),
-        ]
+        fields = [Matrix("x", layer), *columns_of_obs(given)]
         if fine_labels_key is not None:
             fields.append(Labels("fine_n", "fine_labels_key", fine_labels_key, unlabeled_category, least=1))
-        if size_factor_key is not None:
-            fields.append(Continuous("size_factor_n", "size_factor_key", size_factor_key, positive=True))
-        cls._register(
-            adata,
-            fields,
-            dict(
-                batch_key=batch_key,
-                labels_key=labels_key,
-                fine_labels_key=fine_labels_key,
-                layer=layer,
-                unlabeled_category=unlabeled_category,
-                size_factor_key=size_factor_key,
-            ),
-        )
+        cls._register(adata, fields, given)
 
 
 def label_weights(label_n: np.ndarray, n_labels: int) -> Tensor:

@@ -11,11 +11,11 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any, Self
 
 from scvi_lite.analysis import spots
-from scvi_lite.data.fields import Categorical, Categoricals, Continuouses, Field, Matrix
+from scvi_lite.data.fields import Matrix, columns_of_obs
 from scvi_lite.data.genes import match_genes
 from scvi_lite.data.registry import find, setups_of
 from scvi_lite.errors import as_options, check_options, listing, without_absent
-from scvi_lite.model.base import Model
+from scvi_lite.model.base import Model, arguments_of
 from scvi_lite.model.reference import Reference, check_reference
 from scvi_lite.nn.deconvolution import SpotConfig, SpotModule
 from scvi_lite.train.plan import Plan
@@ -314,13 +314,8 @@ class DestVI(Model):
         ValueError
             If counts are negative, NaN or infinite, values are missing, or names repeat.
         """
-        fields_: list[Field] = [
-            Matrix("x", layer),
-            Categorical("batch_n", "batch_key", batch_key),
-            Categorical("label_n", "labels_key", None),
-            Categoricals("cats_nc", "categorical_covariate_keys", None),
-            Continuouses("conts_nd", "continuous_covariate_keys", None),
-        ]
+        given = arguments_of(locals())
+        read = [Matrix("x", layer), *columns_of_obs(given)]
         if smoothed_layer is not None:
-            fields_.append(Matrix("smoothed", smoothed_layer, counts=False))
-        cls._register(adata, fields_, dict(layer=layer, smoothed_layer=smoothed_layer, batch_key=batch_key))
+            read.append(Matrix("smoothed", smoothed_layer, counts=False))
+        cls._register(adata, read, given)

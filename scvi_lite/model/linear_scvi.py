@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from scvi_lite.analysis import abundance, differential, expression, importance, latent, likelihood, minify, predictive
-from scvi_lite.data.fields import Categorical, Categoricals, Continuouses, Matrix
+from scvi_lite.data.fields import Matrix, columns_of_obs
 from scvi_lite.model import query
-from scvi_lite.model.base import Model
+from scvi_lite.model.base import Model, arguments_of
 from scvi_lite.model.scvi import SCVIModule
 from scvi_lite.nn.configure import configure, library_prior
 from scvi_lite.nn.layers import CovariateLinear
@@ -168,16 +168,7 @@ class LinearSCVI(Model):
         latent_distribution: str = "normal",
         **network_options: Any,
     ):
-        given = dict(
-            n_hidden=n_hidden,
-            n_latent=n_latent,
-            n_layers=n_layers,
-            dropout_rate=dropout_rate,
-            dispersion=dispersion,
-            gene_likelihood=gene_likelihood,
-            use_observed_lib_size=use_observed_lib_size,
-            latent_distribution=latent_distribution,
-        )
+        given = arguments_of(locals())
         super().__init__(adata, given | network_options, (*given, *NETWORK_OPTIONS))
 
     def _make_module(self, arguments: dict[str, Any]) -> LinearSCVIModule:
@@ -245,11 +236,5 @@ class LinearSCVI(Model):
         ValueError
             If counts are negative, NaN or infinite, values are missing, or names repeat.
         """
-        fields = [
-            Matrix("x", layer),
-            Categorical("batch_n", "batch_key", batch_key),
-            Categorical("label_n", "labels_key", labels_key),
-            Categoricals("cats_nc", "categorical_covariate_keys", None),
-            Continuouses("conts_nd", "continuous_covariate_keys", None),
-        ]
-        cls._register(adata, fields, dict(batch_key=batch_key, labels_key=labels_key, layer=layer))
+        given = arguments_of(locals())
+        cls._register(adata, [Matrix("x", layer), *columns_of_obs(given)], given)

@@ -14,14 +14,14 @@ import torch
 
 from scvi_lite.analysis import abundance, accessibility, differential, latent, likelihood, minify, multiome
 from scvi_lite.data.batch import Batch
-from scvi_lite.data.fields import Categorical, Continuous, Matrix, check_keys, columns_of_obs
+from scvi_lite.data.fields import Categorical, Continuous, Matrix, columns_of_obs
 from scvi_lite.data.modalities import part_of, read_modalities
 from scvi_lite.data.multiome import GENES, genes_of
 from scvi_lite.data.proteins import Proteins
 from scvi_lite.data.registry import Registry
 from scvi_lite.errors import StateError, as_options, listing, warn, without_absent
 from scvi_lite.model import query
-from scvi_lite.model.base import ABSENT, Model
+from scvi_lite.model.base import ABSENT, Model, arguments_of
 from scvi_lite.nn.accessibility import default_sizes
 from scvi_lite.nn.classifier import Adversary
 from scvi_lite.nn.configure import configure
@@ -155,27 +155,7 @@ class MULTIVI(Model):
         protein_dispersion: str = "protein",
         **absent: Any,
     ):
-        given = dict(
-            n_genes=n_genes,
-            n_regions=n_regions,
-            modality_weights=modality_weights,
-            modality_penalty=str(modality_penalty),
-            n_hidden=n_hidden,
-            n_latent=n_latent,
-            n_layers_encoder=n_layers_encoder,
-            n_layers_decoder=n_layers_decoder,
-            dropout_rate=dropout_rate,
-            region_factors=region_factors,
-            gene_likelihood=gene_likelihood,
-            dispersion=dispersion,
-            use_batch_norm=use_batch_norm,
-            use_layer_norm=use_layer_norm,
-            latent_distribution=latent_distribution,
-            deeply_inject_covariates=deeply_inject_covariates,
-            encode_covariates=encode_covariates,
-            fully_paired=fully_paired,
-            protein_dispersion=protein_dispersion,
-        )
+        given = arguments_of(locals()) | {"modality_penalty": str(modality_penalty)}
         super().__init__(adata, given | without_absent("MULTIVI", absent, ABSENT, given))
 
     def _build(self, adata: Data, registry: Registry, arguments: dict[str, Any]) -> None:
@@ -371,16 +351,7 @@ class MULTIVI(Model):
         ValueError
             If counts are negative, NaN or infinite, values are missing, or names repeat.
         """
-        given = dict(
-            layer=layer,
-            batch_key=batch_key,
-            size_factor_key=size_factor_key,
-            categorical_covariate_keys=check_keys("categorical_covariate_keys", categorical_covariate_keys),
-            continuous_covariate_keys=check_keys("continuous_covariate_keys", continuous_covariate_keys),
-            protein_expression_obsm_key=protein_expression_obsm_key,
-            protein_names_uns_key=protein_names_uns_key,
-            labels_key=labels_key,
-        )
+        given = arguments_of(locals())
         fields = [Matrix("x", layer), *columns_of_obs(given)]
         if protein_expression_obsm_key is not None:
             batch = Categorical("batch_n", "batch_key", batch_key)
@@ -432,16 +403,8 @@ class MULTIVI(Model):
         ValueError
             If counts are negative, NaN or infinite, values are missing or disagree, or names repeat.
         """
-        given = dict(
-            rna_layer=rna_layer,
-            atac_layer=atac_layer,
-            protein_layer=protein_layer,
-            batch_key=batch_key,
-            size_factor_key=size_factor_key,
-            categorical_covariate_keys=check_keys("categorical_covariate_keys", categorical_covariate_keys),
-            continuous_covariate_keys=check_keys("continuous_covariate_keys", continuous_covariate_keys),
-            labels_key=labels_key,
-        )
+        given = arguments_of(locals())
+        del given["modalities"]
         where = read_modalities(mdata, modalities, given, ())
         x, peaks = two_matrices(mdata, rna_layer, atac_layer, where)
         keys = [size_factor_key] if size_factor_key is None or isinstance(size_factor_key, str) else size_factor_key

@@ -12,10 +12,10 @@ from torch.nn.functional import leaky_relu
 
 from scvi_lite.analysis import abundance, accessibility, latent, likelihood
 from scvi_lite.data.batch import Batch
-from scvi_lite.data.fields import Categorical, Categoricals, Continuouses, Matrix, check_keys
+from scvi_lite.data.fields import Matrix, columns_of_obs
 from scvi_lite.errors import as_options, unknown, without_absent
 from scvi_lite.model import query
-from scvi_lite.model.base import ABSENT, Model
+from scvi_lite.model.base import ABSENT, Model, arguments_of
 from scvi_lite.nn.accessibility import Accessibility, Head, default_sizes
 from scvi_lite.nn.configure import configure
 from scvi_lite.nn.layers import Encoder
@@ -209,20 +209,7 @@ class PEAKVI(Model):
         encode_covariates: bool = False,
         **absent: Any,
     ):
-        given = dict(
-            n_hidden=n_hidden,
-            n_latent=n_latent,
-            n_layers_encoder=n_layers_encoder,
-            n_layers_decoder=n_layers_decoder,
-            dropout_rate=dropout_rate,
-            model_depth=model_depth,
-            region_factors=region_factors,
-            use_batch_norm=use_batch_norm,
-            use_layer_norm=use_layer_norm,
-            latent_distribution=latent_distribution,
-            deeply_inject_covariates=deeply_inject_covariates,
-            encode_covariates=encode_covariates,
-        )
+        given = arguments_of(locals())
         super().__init__(adata, given | without_absent("PEAKVI", absent, ABSENT, given))
 
     def _make_module(self, arguments: dict[str, Any]) -> PEAKVIModule:
@@ -334,22 +321,6 @@ class PEAKVI(Model):
         ValueError
             If counts are negative, NaN or infinite, values are missing, or names repeat.
         """
-        matrix = Matrix("x", layer)
-        cls._register(
-            adata,
-            [
-                matrix,
-                Categorical("batch_n", "batch_key", batch_key),
-                Categorical("label_n", "labels_key", labels_key),
-                Categoricals("cats_nc", "categorical_covariate_keys", categorical_covariate_keys),
-                Continuouses("conts_nd", "continuous_covariate_keys", continuous_covariate_keys),
-            ],
-            dict(
-                batch_key=batch_key,
-                labels_key=labels_key,
-                categorical_covariate_keys=check_keys("categorical_covariate_keys", categorical_covariate_keys),
-                continuous_covariate_keys=check_keys("continuous_covariate_keys", continuous_covariate_keys),
-                layer=layer,
-            ),
-        )
+        given, matrix = arguments_of(locals()), Matrix("x", layer)
+        cls._register(adata, [matrix, *columns_of_obs(given)], given)
         accessibility.note_counts(matrix.read(adata, {"layer": layer}))

@@ -21,13 +21,13 @@ from scvi_lite.analysis import (
     predictive,
 )
 from scvi_lite.data import registry as registries
-from scvi_lite.data.fields import Categorical, Categoricals, Continuous, Continuouses, Field, Matrix, check_keys
+from scvi_lite.data.fields import Matrix, columns_of_obs
 from scvi_lite.data.genes import match_genes
 from scvi_lite.data.labels import Labels
 from scvi_lite.data.supervision import Supervision
 from scvi_lite.errors import StateError, listing, warn, without_absent
 from scvi_lite.model import query
-from scvi_lite.model.base import Model
+from scvi_lite.model.base import Model, arguments_of
 from scvi_lite.nn.classifier import Adversary
 from scvi_lite.nn.configure import activation_name, configure, library_prior
 from scvi_lite.nn.scanvi import SCANVIConfig, SCANVIModule
@@ -117,16 +117,7 @@ class SCANVI(Model):
         linear_classifier: bool = False,
         **network_options: Any,
     ):
-        given = dict(
-            n_hidden=n_hidden,
-            n_latent=n_latent,
-            n_layers=n_layers,
-            dropout_rate=dropout_rate,
-            dispersion=dispersion,
-            gene_likelihood=gene_likelihood,
-            use_observed_lib_size=use_observed_lib_size,
-            linear_classifier=linear_classifier,
-        )
+        given = arguments_of(locals())
         network_options = without_absent("SCANVI()", network_options, ABSENT)
         if "var_activation" in network_options:  # as a name, which can be saved
             network_options["var_activation"] = activation_name(network_options["var_activation"])
@@ -171,28 +162,9 @@ class SCANVI(Model):
             If there are fewer than two labels, counts are negative, NaN or infinite, values are missing, or names
             repeat.
         """
-        fields: list[Field] = [
-            Matrix("x", layer),
-            Categorical("batch_n", "batch_key", batch_key),
-            Labels("label_n", "labels_key", labels_key, unlabeled_category),
-            Categoricals("cats_nc", "categorical_covariate_keys", categorical_covariate_keys),
-            Continuouses("conts_nd", "continuous_covariate_keys", continuous_covariate_keys),
-        ]
-        if size_factor_key is not None:
-            fields.append(Continuous("size_factor_n", "size_factor_key", size_factor_key, positive=True))
-        cls._register(
-            adata,
-            fields,
-            dict(
-                labels_key=labels_key,
-                unlabeled_category=unlabeled_category,
-                layer=layer,
-                batch_key=batch_key,
-                size_factor_key=size_factor_key,
-                categorical_covariate_keys=check_keys("categorical_covariate_keys", categorical_covariate_keys),
-                continuous_covariate_keys=check_keys("continuous_covariate_keys", continuous_covariate_keys),
-            ),
-        )
+        given = arguments_of(locals())
+        labels_ = Labels("label_n", "labels_key", labels_key, unlabeled_category)
+        cls._register(adata, [Matrix("x", layer), *columns_of_obs(given, labels=labels_)], given)
 
     @classmethod
     def from_scvi_model(

@@ -18,9 +18,9 @@ from scvi_lite.analysis import (
     predictive,
 )
 from scvi_lite.data.batch import Batch
-from scvi_lite.data.fields import Categorical, Categoricals, Continuous, Continuouses, Field, Matrix, check_keys
+from scvi_lite.data.fields import Matrix, columns_of_obs
 from scvi_lite.model import query
-from scvi_lite.model.base import Model
+from scvi_lite.model.base import Model, arguments_of
 from scvi_lite.nn.configure import activation_name, configure, library_prior
 from scvi_lite.nn.module import Loss
 from scvi_lite.nn.normal import kl_normal
@@ -127,16 +127,7 @@ class SCVI(Model):
         latent_distribution: str = "normal",
         **network_options: Any,
     ):
-        given = dict(
-            n_hidden=n_hidden,
-            n_latent=n_latent,
-            n_layers=n_layers,
-            dropout_rate=dropout_rate,
-            dispersion=dispersion,
-            gene_likelihood=gene_likelihood,
-            use_observed_lib_size=use_observed_lib_size,
-            latent_distribution=latent_distribution,
-        )
+        given = arguments_of(locals())
         if "var_activation" in network_options:  # as a name, which can be saved
             network_options["var_activation"] = activation_name(network_options["var_activation"])
         super().__init__(adata, given | network_options)
@@ -179,24 +170,5 @@ class SCVI(Model):
         ValueError
             If counts are negative, NaN or infinite, values are missing, or names repeat.
         """
-        fields: list[Field] = [
-            Matrix("x", layer),
-            Categorical("batch_n", "batch_key", batch_key),
-            Categorical("label_n", "labels_key", labels_key),
-            Categoricals("cats_nc", "categorical_covariate_keys", categorical_covariate_keys),
-            Continuouses("conts_nd", "continuous_covariate_keys", continuous_covariate_keys),
-        ]
-        if size_factor_key is not None:
-            fields.append(Continuous("size_factor_n", "size_factor_key", size_factor_key, positive=True))
-        cls._register(
-            adata,
-            fields,
-            dict(
-                layer=layer,
-                batch_key=batch_key,
-                labels_key=labels_key,
-                size_factor_key=size_factor_key,
-                categorical_covariate_keys=check_keys("categorical_covariate_keys", categorical_covariate_keys),
-                continuous_covariate_keys=check_keys("continuous_covariate_keys", continuous_covariate_keys),
-            ),
-        )
+        given = arguments_of(locals())
+        cls._register(adata, [Matrix("x", layer), *columns_of_obs(given)], given)

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from scvi_lite.analysis import abundance, importance, joint, latent, likelihood, minify, proteins
-from scvi_lite.data.fields import Categorical, Field, Matrix, check_keys, columns_of_obs
+from scvi_lite.data.fields import Categorical, Field, Matrix, columns_of_obs
 from scvi_lite.data.modalities import read_modalities
 from scvi_lite.data.proteins import Proteins
 from scvi_lite.errors import as_options, without_absent
 from scvi_lite.model import query
-from scvi_lite.model.base import ABSENT, Model
+from scvi_lite.model.base import ABSENT, Model, arguments_of
 from scvi_lite.nn.classifier import Adversary
 from scvi_lite.nn.configure import configure, library_prior
 from scvi_lite.nn.protein import background_prior
@@ -159,15 +159,7 @@ class TOTALVI(Model):
         override_missing_proteins: bool = False,
         **network_options: Any,
     ):
-        given = dict(
-            n_latent=n_latent,
-            gene_dispersion=gene_dispersion,
-            protein_dispersion=protein_dispersion,
-            gene_likelihood=gene_likelihood,
-            latent_distribution=latent_distribution,
-            empirical_protein_background_prior=empirical_protein_background_prior,
-            override_missing_proteins=override_missing_proteins,
-        )
+        given = arguments_of(locals())
         super().__init__(adata, given | without_absent("TOTALVI", network_options, ABSENT, (*given, *NETWORK)))
 
     def _make_module(self, arguments: dict[str, Any]) -> TOTALVIModule:
@@ -314,17 +306,7 @@ class TOTALVI(Model):
         ValueError
             If counts are negative, NaN or infinite, all proteins are zero, values are missing, or names repeat.
         """
-        given = dict(
-            protein_expression_obsm_key=protein_expression_obsm_key,
-            protein_names_uns_key=protein_names_uns_key,
-            batch_key=batch_key,
-            panel_key=panel_key,
-            layer=layer,
-            size_factor_key=size_factor_key,
-            categorical_covariate_keys=check_keys("categorical_covariate_keys", categorical_covariate_keys),
-            continuous_covariate_keys=check_keys("continuous_covariate_keys", continuous_covariate_keys),
-            labels_key=labels_key,
-        )
+        given = arguments_of(locals())
         of_obs = columns_of_obs(given)
         counted = Proteins("proteins_np", protein_expression_obsm_key, protein_names_uns_key, panels=_panels(of_obs))
         cls._register(adata, [Matrix("x", layer), counted, *of_obs], given)
@@ -378,16 +360,8 @@ class TOTALVI(Model):
         >>> TOTALVI(mdata, n_hidden=8)
         TOTALVI(...), not trained, on 400 cells × 220 features
         """
-        given = dict(
-            rna_layer=rna_layer,
-            protein_layer=protein_layer,
-            batch_key=batch_key,
-            panel_key=panel_key,
-            size_factor_key=size_factor_key,
-            categorical_covariate_keys=check_keys("categorical_covariate_keys", categorical_covariate_keys),
-            continuous_covariate_keys=check_keys("continuous_covariate_keys", continuous_covariate_keys),
-            labels_key=labels_key,
-        )
+        given = arguments_of(locals())
+        del given["modalities"]
         where = read_modalities(mdata, modalities, given, needed=("rna_layer", "protein_layer"))
         of_obs = columns_of_obs(given, where)
         genes = Matrix("x", rna_layer, modality=where["rna_layer"])
