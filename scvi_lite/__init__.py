@@ -26,7 +26,19 @@ MODELS = (
 __getattr__, __dir__ = lazy(
     __name__,
     {name: f"scvi_lite.{name}" for name in ("data", "distributions", "model", "plot", "train")}
-    | dict.fromkeys(MODELS, "scvi_lite.model"),
+    | dict.fromkeys(MODELS, "scvi_lite.model")
+    | {"REGISTRY_KEYS": "scvi_lite.data.view"},
 )
 
-__all__ = ["MODELS", "__version__", "data", "distributions", "model", "plot", "settings", "train", *MODELS]
+__all__ = [
+    "MODELS",
+    "REGISTRY_KEYS",
+    "__version__",
+    "data",
+    "distributions",
+    "model",
+    "plot",
+    "settings",
+    "train",
+    *MODELS,
+]

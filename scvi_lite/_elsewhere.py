@@ -11,7 +11,7 @@ READERS = "files are read by scanpy and anndata: scanpy.read_10x_h5, scanpy.read
 DATA_SETS = "data sets are not downloaded here; scvi_lite.data.pbmc68k_reduced() and simulate() need no download"
 PLAIN_SETUP = "the setup is plain data: model.registry['setup_args'], model.registry.read(adata, 'x')"
 NO_MANAGER = "nothing is kept outside the model and adata.uns['scvi_lite']"
-SAVED_SETUP = "call `scvi-lite info FOLDER` in a shell"
+MINIBATCHES = "train() and the questions of a model read its data themselves, as scvi_lite.data.Batch"
 SETTINGS_OF_TRAINING = "give plan_kwargs={...} to train(): see scvi_lite.train.Plan"
 OTHER_MODELS = "scvi_lite.MODELS lists the models"
 NO_PEAK_COUNTS = "regions are open or closed: call get_normalized_accessibility() or differential_accessibility()"
@@ -23,7 +23,6 @@ OWN_CODE = "modules are beside their models: scvi_lite.model.scvi.SCVIModule, or
 
 INSTEAD: dict[str, dict[str, str]] = {
     "scvi_lite": {
-        "REGISTRY_KEYS": "a minibatch is a scvi_lite.data.Batch, with the attributes x, batch_n, label_n, ...",
         "criticism": "start from model.posterior_predictive_sample() and model.adata.X",
         "autotune": "call train() with the options to try, and compare model.history['elbo_validation']",
         "hub": "a saved model is a folder of plain files, to be shared as any other: model.save(), SCVI.load()",
@@ -80,8 +79,8 @@ INSTEAD: dict[str, dict[str, str]] = {
     "Model": {
         **dict.fromkeys(
             (
-                "adata_manager", "data_registry", "get_anndata_manager", "get_from_registry", "get_setup_arg",
-                "get_state_registry", "registry_", "transfer_fields", "view_setup_method_args",
+                "adata_uuid", "fields", "register_fields", "register_new_fields", "transfer_fields",
+                "update_setup_method_args", "validate", "view_setup_method_args",
             ),
             PLAIN_SETUP,
         ),
@@ -91,10 +90,9 @@ INSTEAD: dict[str, dict[str, str]] = {
         "semisupervised_history_": "what was learned of labels is in model.history",
         **dict.fromkeys(("get_ranked_features", "shap_adata_predict", "shap_predict"), ATTRIBUTIONS),
         "was_pretrained": "SCANVI.from_scvi_model() makes the model that it is",
-        **dict.fromkeys(("load_registry", "view_setup_args"), SAVED_SETUP),
         "init_params_": "print the model",
         "setup_annbatch": "an AnnData may be backed by a file larger than memory: anndata.read_h5ad(path, backed='r')",
-        "summary_string": "print the model, or see model.summary_stats",
+        "create_torch_dataset": MINIBATCHES,
         "view_registry": "call model.view_anndata_setup()",
         "convert_legacy_save": "load() reads folders that scvi-tools saved",
         "run_id": "name the run in a logger of Lightning: train(logger=...)",

@@ -268,3 +268,54 @@ def test_numbers_that_a_model_was_set_up_with():
         "n_extra_continuous_covs": 2,
         "n_proteins": 3,
     }
+
+
+def test_the_setup_by_the_names_of_scvi_tools(tmp_path, capsys):
+    adata = scvi.data.synthetic_iid(batch_size=10, n_genes=8, n_regions=0, n_proteins=3)
+    adata.obs["age"], adata.obs["donor"] = np.arange(20.0), ["a", "b"] * 10
+    keys = {"categorical_covariate_keys": ["donor"], "continuous_covariate_keys": ["age"]}
+    scvi.model.TOTALVI.setup_anndata(adata, "protein_expression", batch_key="batch", **keys)
+    model = scvi.model.TOTALVI(adata, n_hidden=8)
+    manager, names = model.adata_manager, scvi.REGISTRY_KEYS
+    assert manager.get_state_registry(names.BATCH_KEY).categorical_mapping.tolist() == ["batch_0", "batch_1"]
+    assert manager.get_state_registry(names.CAT_COVS_KEY).mappings["donor"].tolist() == ["a", "b"]
+    assert manager.get_state_registry(names.X_KEY)["column_names"].tolist() == adata.var_names.tolist()
+    assert manager.registry["field_registries"]["batch"]["summary_stats"] == {"n_batch": 2}
+    assert manager.data_registry.proteins == {"attr_name": "obsm", "attr_key": "protein_expression"}
+    np.testing.assert_array_equal(manager.get_from_registry(names.BATCH_KEY)[:, 0], adata.obs["batch"].cat.codes)
+    assert model.get_from_registry(adata[:4].copy(), names.CONT_COVS_KEY)["age"].tolist() == [0, 1, 2, 3]
+    assert model.data_registry(names.PROTEIN_EXP_KEY).shape == (20, 3)
+    assert model.get_anndata_manager(adata[:4].copy()).adata.n_obs == 4
+    assert model.get_setup_arg("batch_key") == model.registry_["setup_args"]["batch_key"] == "batch"
+    assert model.summary_string == str(model)
+    with pytest.raises(KeyError, match="registry_key='atac' is not a field of this model"):
+        manager.get_from_registry(names.ATAC_X_KEY)
+    with pytest.raises(KeyError, match="Did you mean 'batch_key'"):
+        model.get_setup_arg("batch")
+    with pytest.raises(AttributeError, match="minibatch|Batch"):
+        manager.create_torch_dataset  # noqa: B018
+    model.save(tmp_path / "model")
+    assert model.load_registry(tmp_path / "model") == model.registry
+    scvi.model.TOTALVI.view_setup_args(tmp_path / "model")
+    assert "TOTALVI.setup_anndata(" in (shown := capsys.readouterr().out) and "batch_key='batch'" in shown
+    adata.obs["batch"] = "another"
+    with pytest.raises(ValueError, match="another"):
+        manager.transfer_fields(adata)
+
+
+def test_attributes_with_an_underscore_at_the_end(model):
+    assert model.is_trained_ is True
+    assert model.history_ is model.history
+    assert model.train_indices_ is model.train_indices
+
+
+def test_names_of_the_features_of_a_mudata_in_one_list():
+    mdata = scvi.data.synthetic_iid(batch_size=10, n_genes=8, n_proteins=3, n_regions=2, return_mudata=True)
+    where = {"rna_layer": "rna", "protein_layer": "protein_expression"}
+    scvi.model.TOTALVI.setup_mudata(mdata, batch_key="batch", modalities=where)
+    model = scvi.model.TOTALVI(mdata, n_hidden=8)
+    by_modality = model.get_var_names()
+    assert model.get_var_names(legacy_mudata_format=True) == [*by_modality["rna"], *by_modality["protein_expression"]]
+    counts = model.adata_manager.get_from_registry("X")
+    np.testing.assert_array_equal(counts, mdata["rna"].X)
+    assert model.adata_manager.data_registry.X.mod_key == "rna"

@@ -198,6 +198,8 @@ def test_options_without_a_use_may_be_empty(tmp_path):
         make_model(registry={"a": 1})
     with pytest.raises(KeyError, match="registry='setup' is not a part of a registry"):
         model.registry["setup"]
+    with pytest.raises(KeyError, match="see model.adata_manager.registry"):
+        model.registry["field_registries"]
     assert dict(model.registry)["model_name"] == "SCVI" and "setup" not in model.registry
 
 
@@ -210,11 +212,9 @@ def test_plan_options_of_metrics_say_that_they_have_no_effect():
     ("place", "name", "cure"),
     [
         ("", "criticism", "posterior_predictive_sample"),
-        ("", "REGISTRY_KEYS", "scvi_lite.data.Batch"),
         ("data", "AnnDataManager", "model.registry"),
         ("data", "read_loom", "anndata"),
         ("data", "reads_to_fragments", "np.ceil"),
-        ("distributions", "BetaBinomial", "MODELS"),
         ("model", "get_max_epochs_heuristic", "20000"),
         ("settings", "reset_logging_handler", "logging.getLogger"),
         ("train", "SaveCheckpoint", "enable_checkpointing"),
@@ -245,9 +245,7 @@ def test_names_of_numbers_and_settings_that_nobody_knows(model):
     with pytest.raises(AttributeError, match="Did you mean 'n_batch'"):
         model.summary_stats.n_batches  # noqa: B018
     with pytest.raises(AttributeError, match="Did you mean 'history'"):
-        model.history_  # noqa: B018
-    with pytest.raises(AttributeError, match="Did you mean 'train_indices'"):
-        model.train_indices_  # noqa: B018
+        model.histories  # noqa: B018
     with pytest.raises(AttributeError, match="Did you mean 'batch_size'"):
         scvi_lite.settings.batch  # noqa: B018
     with pytest.raises(AttributeError, match="no 'dl_num_workers': cells are gathered"):
@@ -264,11 +262,11 @@ def test_what_is_no_folder_and_what_is_no_data(model, tmp_path):
 
 
 def test_absent_attributes_of_a_model(model):
-    with pytest.raises(AttributeError, match=r"no 'adata_manager', which scvi-tools has: .*model.registry"):
-        model.adata_manager  # noqa: B018
+    with pytest.raises(AttributeError, match=r"no 'transfer_fields', which scvi-tools has: .*model.registry"):
+        model.transfer_fields  # noqa: B018
     with pytest.raises(AttributeError, match="SCVI has no attribute 'latent'"):
         model.latent  # noqa: B018
-    for name in ("load_registry", "view_setup_args", "convert_legacy_save", "setup_annbatch"):  # asked of the class
+    for name in ("register_manager", "convert_legacy_save", "setup_annbatch"):  # asked of the class
         with pytest.raises(AttributeError, match=f"no '{name}', which scvi-tools has"):
             getattr(SCVI, name)
     with pytest.raises(AttributeError, match="SCVI has no attribute 'train_model'"):

@@ -29,6 +29,7 @@ FIELDS: tuple[type[Field], ...] = (
 KINDS = {field.kind: field for field in FIELDS}
 UNS_KEY = "scvi_lite"
 PARTS = {"model_name": str, "setup_args": dict, "fields": dict, "n_cells": int, "n_features": int}
+THEIRS = ("field_registries", "scvi_version", "setup_method_name")  #: what scvi-tools has beside some of them
 CURES = {
     "bool": "Without data a saved model is a reference: Model.load_query_data(adata, folder).",
     "NoneType": "Give the data that setup_anndata was called with.",
@@ -78,6 +79,8 @@ class Registry:
 
     def __getitem__(self, part: str) -> Any:
         """A part by its name, as in ``registry["setup_args"]["batch_key"]``."""
+        if part in THEIRS:
+            raise UnknownKeyError(f"{part!r} is a part of a registry of scvi-tools: see model.adata_manager.registry.")
         if part not in PARTS:
             raise UnknownKeyError(unknown("registry", part, PARTS, "a part of a registry", "Parts"))
         return getattr(self, part)
