@@ -19,6 +19,10 @@ SPOTS = "expression is that of a cell type: call get_scale_for_ct(label), and ge
 LABELS = "model.registry['setup_args'] names the column of adata.obs and the category of cells without a label"
 ATTRIBUTIONS = "call predict(ig_interpretability=True), which gives the attributions of the genes too"
 ONE_TRAINER = "train() of a model calls lightning.Trainer, with the options that it is given"
+NO_LOADERS = dict.fromkeys(
+    ("num_workers", "persistent_workers", "pin_memory", "prefetch_factor", "shuffle"),
+    "cells are gathered on the device, in their order, without loader processes",
+)
 OWN_CODE = "modules are beside their models: scvi_lite.model.scvi.SCVIModule, or model.module of a model"
 
 INSTEAD: dict[str, dict[str, str]] = {

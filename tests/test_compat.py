@@ -319,3 +319,14 @@ def test_names_of_the_features_of_a_mudata_in_one_list():
     counts = model.adata_manager.get_from_registry("X")
     np.testing.assert_array_equal(counts, mdata["rna"].X)
     assert model.adata_manager.data_registry.X.mod_key == "rna"
+
+
+def test_options_of_loaders_that_scripts_spell_out(model):
+    assert model.get_elbo(dataloader=None, data_loader_kwargs=None).ndim == 0
+    assert model.get_latent_representation(indices=[1, 2], dataloader=None, shuffle=False).shape == (2, 3)
+    with pytest.warns(UserWarning, match="num_workers has no effect"):
+        model.get_reconstruction_error(data_loader_kwargs={"num_workers": 2})
+    with pytest.raises(TypeError, match=r"get_elbo\(\) has no option 'dataloader': name the cells"):
+        model.get_elbo(dataloader=[1])
+    with pytest.raises(TypeError, match="unexpected keyword argument 'foo'"):
+        model.get_elbo(data_loader_kwargs={"foo": 1})

@@ -6,6 +6,7 @@ import logging
 import sys
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from inspect import isfunction
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from scvi_lite._elsewhere import SaysInstead, no_attribute
 from scvi_lite._settings import settings
 from scvi_lite.analysis import minify
-from scvi_lite.analysis.inputs import batch_codes, cell_rows, whole_number
+from scvi_lite.analysis.inputs import batch_codes, cell_rows, whole_number, without_loaders
 from scvi_lite.data import registry as registries
 from scvi_lite.data.batch import Batch
 from scvi_lite.data.disk import LazyStore
@@ -80,6 +81,13 @@ class Model(metaclass=SaysInstead):
     plan: ClassVar[Plan] = Plan()  #: default options of the training
     reads_mudata: ClassVar[bool] = False  #: whether it has ``setup_mudata``
     _is_query = False  #: whether it is made on top of a reference, which knows something before any training
+
+    def __init_subclass__(cls) -> None:
+        """Questions take the options of data loaders that scripts for scvi-tools give."""
+        super().__init_subclass__()
+        for name, member in list(vars(cls).items()):
+            if isfunction(member) and member.__module__.startswith("scvi_lite.analysis."):
+                setattr(cls, name, without_loaders(member))
 
     def __init__(self, adata: AnnData, arguments: dict[str, Any], known: Iterable[str] | None = None):
         if not (self.reads_mudata and is_mudata(adata)):

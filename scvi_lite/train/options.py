@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 
+from scvi_lite._elsewhere import NO_LOADERS
 from scvi_lite._settings import settings
 from scvi_lite.errors import check_options, unknown, warn, without_needless
 from scvi_lite.train.plan import Plan, is_of_validation, metric_names
@@ -20,9 +21,7 @@ NEEDLESS = {
     "load_sparse_tensor": "counts always travel sparse",
     "simple_progress_bar": "there is one progress bar, and enable_progress_bar=False hides it",
     "progress_bar_refresh_rate": "the progress bar moves a few times a second",
-    "pin_memory": "cells are gathered on the device",
-    "num_workers": "cells are gathered on the device, without loader processes",
-    "persistent_workers": "cells are gathered on the device, without loader processes",
+    **NO_LOADERS,
 }
 INSTEAD = {
     "plan_config": "give its entries as plan_kwargs={...}",
