@@ -13,6 +13,7 @@ from scvi_lite.data.datamodule import CellDataModule
 from scvi_lite.train.callbacks import StopFlag, StopTogether, WarmEarlyStopping, handle_interrupts
 from scvi_lite.train.checkpoint import AtomicCheckpointIO
 from scvi_lite.train.loop import MinibatchLoop
+from scvi_lite.train.memory import kept_memory
 from scvi_lite.train.options import Stopping
 from scvi_lite.train.plan import is_of_validation
 from scvi_lite.train.progress import Progress, choose_display
@@ -68,7 +69,7 @@ def run(
         trainer = pl.Trainer(**(defaults | options | forced))
         trainer.fit_loop.epoch_loop = MinibatchLoop(trainer, trainer.min_steps, trainer.max_steps)
         try:
-            with handle_interrupts(stop):
+            with handle_interrupts(stop), kept_memory():
                 trainer.fit(task, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
         finally:  # what Lightning leaves behind: the weights on the CPU in the training's precision, a global switch
             task.module.to(trainer.strategy.root_device, dtype)
