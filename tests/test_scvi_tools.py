@@ -6,6 +6,7 @@ import pickle
 import subprocess
 from pathlib import Path
 
+import anndata
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,10 +14,12 @@ import torch
 from conftest import SHARED
 from test_io import assert_same, example
 
+from scvi_lite.analysis.minify import WITH_COUNTS
 from scvi_lite.io.folder import read_folder, write_folder
 from scvi_lite.io.plain_pickle import read_plain
 from scvi_lite.io.scvi_tools import is_scvi_tools_folder, read_scvi_tools
 from scvi_lite.io.translators import TRANSLATORS
+from scvi_lite.model import SCVI
 
 N_GENES, N_HIDDEN, N_LATENT, N_BATCHES, N_SITES = 4, 5, 2, 3, 2
 
@@ -308,6 +311,45 @@ def test_models_that_do_not_fit_are_named():
     file.write_bytes(file.read_bytes()[:-2000])
     with pytest.raises(ValueError, match="is damaged"):
         read_scvi_tools("peer")
+
+
+def test_minified_data_of_scvi_tools():
+    """A folder that scvi-tools 1.5.0 saved after ``minify_adata()``: its data hold zeros for counts."""
+    folder = Path(__file__).parent / "data" / "scvi_tools_minified"
+    expected = np.load(folder / "outputs.npz")
+    minified = SCVI.load(folder)
+    assert minified.minified_data_type == "latent_posterior_parameters" and minified.adata.layers["counts"].nnz == 0
+    with pytest.raises(RuntimeError, match="get_elbo needs counts"):
+        minified.get_elbo()
+    cells = anndata.AnnData(np.zeros((8, 6)), obs=minified.adata.obs[["batch"]], layers={"counts": expected["counts"]})
+    cells.var_names = minified.adata.var_names
+    full = SCVI.load(folder, adata=cells)
+    assert full.minified_data_type is None and full.get_elbo().isfinite()
+    with_counts = minified.adata.copy()
+    with_counts.layers["counts"], with_counts.uns["_scvi_adata_minify_type"] = expected["counts"], WITH_COUNTS
+    for model in (minified, full, SCVI.load(folder, adata=with_counts)):
+        torch.manual_seed(0)
+        z_loc, z_variance = model.get_latent_representation(return_dist=True)
+        np.testing.assert_allclose(z_loc, expected["z"], rtol=1e-5)
+        np.testing.assert_allclose(z_variance, expected["v"], rtol=1e-5)
+        expression = model.get_normalized_expression(n_samples=20_000, return_numpy=True)
+        np.testing.assert_allclose(expression, expected["expression"], atol=2e-3)
+
+
+@pytest.mark.filterwarnings("ignore:the matrix subclass")
+@pytest.mark.parametrize(("mask", "measured"), [(False, True), ([True, False], [True, False])])
+def test_proteins_that_scvi_tools_read_from_a_mudata(mask, measured):
+    """Which were measured is in matrices of NumPy; of minified data it was read from zeros."""
+    content = peer_content()
+    content["attr_dict"]["registry_"]["field_registries"]["proteins"] = {
+        "data_registry": {"attr_name": "obsm", "attr_key": "protein_counts"},
+        "state_registry": {
+            "column_names": np.array(["CD3", "CD4"], object),
+            "protein_batch_mask": {str(b): np.matrix(np.zeros(2, bool) | mask) for b in range(N_BATCHES)},
+        },
+    }
+    proteins = read_scvi_tools(save_peer(content)).registry["fields"]["proteins_np"]
+    assert proteins["measured"] == [np.broadcast_to(measured, 2).tolist()] * N_BATCHES
 
 
 @pytest.mark.skipif(not (SHARED / "golden").is_dir(), reason="the recorded models are not here")

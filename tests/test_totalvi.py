@@ -456,6 +456,8 @@ def test_minified_mudata(tmp_path):
     adata, _, _ = cells_of_two_types(40)
     mdata = as_mudata(adata)
     mdata["protein"].layers["counts"] = mdata["protein"].X
+    mdata.var["kept"], mdata.varm["place"] = np.arange(mdata.n_vars), np.ones((mdata.n_vars, 2))
+    mdata.obsp["distances"] = np.eye(mdata.n_obs)
     TOTALVI.setup_mudata(mdata, protein_layer="counts", batch_key="batch", modalities=MODALITIES)
     model = TOTALVI(mdata, **SMALL)
     model.train(1, **SILENT)
@@ -466,6 +468,8 @@ def test_minified_mudata(tmp_path):
     model.minify_mudata()
     assert model.minified_data_type == "latent_posterior_parameters" and model.adata["rna"].X.nnz == 0
     assert mdata["rna"].X.nnz > 0 and "observed_lib_size" not in mdata.obs
+    assert model.adata["protein"].layers["counts"].nnz == 0 and model.adata.var["kept"].equals(mdata.var["kept"])
+    assert {"place"} <= model.adata.varm.keys() and {"distances"} <= model.adata.obsp.keys()
     np.testing.assert_array_equal(model.get_latent_representation(), z_nk)
     np.testing.assert_array_equal(model.get_latent_library_size(), library)
     torch.manual_seed(0)

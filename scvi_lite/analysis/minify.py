@@ -11,6 +11,7 @@ from scipy import sparse
 from scvi_lite.analysis.inputs import to_numpy
 from scvi_lite.data.fields import Continuous, Embedding, Field
 from scvi_lite.data.genes import replace_modalities
+from scvi_lite.data.modalities import is_mudata
 from scvi_lite.data.registry import note
 from scvi_lite.errors import StateError, UnknownKeyError, unknown
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 WITHOUT_COUNTS = "latent_posterior_parameters"
 WITH_COUNTS = "latent_posterior_parameters_with_counts"
 LIBRARY_KEY = "observed_lib_size"
+THEIR_KEY = "_scvi_adata_minify_type"  # of uns, in which scvi-tools notes how data were minified
 
 
 def minify_adata(
@@ -40,8 +42,9 @@ def minify_adata(
     Parameters
     ----------
     minified_data_type
-        ``"latent_posterior_parameters"``: the copy has no counts, layers or ``raw``, and each cell's library size in
-        ``obs["observed_lib_size"]``. ``"latent_posterior_parameters_with_counts"``: it keeps everything.
+        ``"latent_posterior_parameters"``: the copy has no counts in ``X`` and layers, no ``raw``, and each cell's
+        library size in ``obs["observed_lib_size"]``. ``"latent_posterior_parameters_with_counts"``: it keeps
+        everything.
     use_latent_qzm_key, use_latent_qzv_key
         Keys of ``obsm`` with the mean and the variance of the posterior. They are computed where both are absent.
 
@@ -77,7 +80,7 @@ def minify_adata(
         raise StateError("The data of this model were minified without counts: there are none left to keep.")
     model._warn_if_untrained()
     loc_nk, variance_nk = _posterior(model, use_latent_qzm_key, use_latent_qzv_key)
-    adata = model.adata.copy() if keep else _without_counts(model)
+    adata = model.adata.copy() if keep else _without_counts(model.adata)
     adata.obsm[use_latent_qzm_key], adata.obsm[use_latent_qzv_key] = loc_nk, variance_nk
     fields = dict(model.registry.fields)
     stored: list[Field] = [
@@ -87,7 +90,6 @@ def minify_adata(
     if not keep:
         adata.obs[LIBRARY_KEY] = to_numpy([batch.total_n for batch in model._minibatches()])
         stored.append(Continuous("total_n", "the library size", LIBRARY_KEY))
-        fields |= {name: fields[name] | {"layer": None} for name in _layers(model.registry)}
         fields["x"] = fields["x"] | {"minified": True}
     fields |= {field.name: {"kind": field.kind, **field.register(adata)} for field in stored}
     registry = replace(model.registry, fields=fields)
@@ -102,15 +104,17 @@ def minified(model: Model) -> str | None:
     return WITHOUT_COUNTS if model.registry.fields["x"].get("minified") else WITH_COUNTS
 
 
-LAYERS = {"x": "rna_layer", "peaks": "atac_layer", "proteins_np": "protein_layer"}  # in a MuData
 STORED = {"qz_loc_nk": "obsm", "qz_scale_nk": "obsm", "total_n": "obs"}  # where the fields of minified data are
 
 
 def setup_for(registry: Registry, adata: AnnData) -> Registry:
-    """The setup to read ``adata`` with: that for counts, where it was made for minified data and these are full."""
+    """The setup to read ``adata`` with: that for counts, where it was made for minified data and these are full.
+
+    What scvi-tools minified with counts counts as full.
+    """
     stored = {name: where for name, where in STORED.items() if name in registry.fields}
     there = all(registry.fields[name]["key"] in getattr(adata, where) for name, where in stored.items())
-    return registry if there else setup_for_counts(registry)
+    return registry if there and adata.uns.get(THEIR_KEY) != WITH_COUNTS else setup_for_counts(registry)
 
 
 def setup_for_counts(registry: Registry) -> Registry:
@@ -119,16 +123,7 @@ def setup_for_counts(registry: Registry) -> Registry:
         return registry
     fields = {name: state for name, state in registry.fields.items() if name not in STORED}
     fields["x"] = {name: value for name, value in fields["x"].items() if name != "minified"}
-    for name, argument in _layers(registry).items():
-        fields[name] = fields[name] | {"layer": registry.setup_args[argument]}
     return replace(registry, fields=fields)
-
-
-def _layers(registry: Registry) -> dict[str, str]:
-    """The fields whose counts are dropped, not those of obsm, and which argument of the setup named their layer."""
-    if not registry.modalities:
-        return dict.fromkeys(registry.matrices, "layer")
-    return {name: LAYERS[name] for name in registry.modalities}
 
 
 def _posterior(model: Model, loc_key: str, variance_key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -149,17 +144,12 @@ def _posterior(model: Model, loc_key: str, variance_key: str) -> tuple[np.ndarra
     return np.asarray(obsm[loc_key], np.float32), np.asarray(obsm[variance_key], np.float32)
 
 
-def _without_counts(model: Model) -> AnnData | MuData:
-    """A copy of the data without counts, layers and ``raw``; of a MuData, in the modalities that the model reads."""
-    modalities = model.registry.modalities.values()
-    if modalities:
-        return replace_modalities(model.adata, {name: _emptied(model.adata.mod[name]) for name in modalities})
-    return _emptied(model.adata)
-
-
-def _emptied(adata: AnnData) -> AnnData:
+def _without_counts(data: AnnData | MuData) -> AnnData | MuData:
+    """A copy of the data whose counts are zero, layers as well, and without ``raw``."""
     from anndata import AnnData
 
-    kept = {name: dict(getattr(adata, name)) for name in ("uns", "obsm", "varm", "obsp", "varp")}
-    empty = sparse.csr_matrix(adata.shape, dtype=np.float32)
-    return AnnData(empty, obs=adata.obs.copy(), var=adata.var.copy(), **kept)
+    if is_mudata(data):
+        return replace_modalities(data, {name: _without_counts(part) for name, part in data.mod.items()})
+    kept = {name: dict(getattr(data, name)) for name in ("uns", "obsm", "varm", "obsp", "varp")}
+    zeros = {name: sparse.csr_matrix(data.shape, dtype=np.float32) for name in (None, *data.layers)}
+    return AnnData(zeros.pop(None), obs=data.obs.copy(), var=data.var.copy(), layers=zeros, **kept)

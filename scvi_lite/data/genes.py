@@ -43,14 +43,19 @@ def match_genes(data: AnnData | MuData, var_names: Sequence[str] | Mapping[str, 
 
 
 def replace_modalities(mdata: MuData, parts: Mapping[str, AnnData]) -> MuData:
-    """The same cells with other modalities under these names."""
+    """The same cells with other modalities under these names; what is known of features stays where they do."""
     from mudata import MuData, set_options
 
     with set_options(pull_on_update=False):
         whole = MuData({**mdata.mod, **parts})[mdata.obs_names].copy()
         whole.obs, whole.uns = mdata.obs.copy(), dict(mdata.uns)
-    for key, values in mdata.obsm.items():
-        whole.obsm[key] = values
+        kept = ["obsm", "obsp"]
+        if whole.var_names.equals(mdata.var_names):
+            whole.var = mdata.var.copy()
+            kept += ["varm", "varp"]
+    for place in kept:
+        values = getattr(mdata, place)
+        getattr(whole, place).update({key: values[key] for key in values if key not in mdata.mod})
     return whole
 
 

@@ -81,6 +81,7 @@ class _Bytes:
 STAND_INS: dict[str, type] = {
     "numpy.dtype": _Dtype,
     "numpy.ndarray": Recorded,
+    "numpy.matrix": Recorded,
     **{f"numpy.{core}.multiarray._reconstruct": _Array for core in ("core", "_core")},
     **{f"numpy.{core}.multiarray.scalar": _Scalar for core in ("core", "_core")},
     "builtins.dict": _Dict,

@@ -169,6 +169,9 @@ def _registry(class_name: str, setup_args: dict[str, Any], fields: dict[str, Any
     if _state(fields, "proteins"):
         n_panels = len(ours.get("panel_n", ours["batch_n"])["categories"])
         ours["proteins_np"] = {"kind": "proteins", **_proteins(fields, setup_args, n_panels)}
+    if "minify_type" in fields:
+        ours |= _stored_posterior(fields)
+        ours["x"] = ours["x"] | {"minified": True}
     counts = _state(fields, "X") or _state(fields, "atac")
     return {
         "model_name": class_name,
@@ -176,6 +179,19 @@ def _registry(class_name: str, setup_args: dict[str, Any], fields: dict[str, Any
         "fields": ours,
         "n_cells": int(counts.get("n_obs", 0)),
         "n_features": int(counts.get("n_vars", 0)),
+    }
+
+
+def _stored_posterior(fields: dict[str, Any]) -> dict[str, Any]:
+    """Where minified data hold the posterior of each cell, and its library size."""
+
+    def state(kind: str, argument: str, theirs: str, **options: bool) -> dict[str, Any]:
+        return {"kind": kind, "argument": argument, "key": str(fields[theirs]["data_registry"]["attr_key"]), **options}
+
+    return {
+        "qz_loc_nk": state("embedding", "use_latent_qzm_key", "latent_qzm", variance=False),
+        "qz_scale_nk": state("embedding", "use_latent_qzv_key", "latent_qzv", variance=True),
+        "total_n": state("continuous", "the library size", "observed_lib_size", positive=False),
     }
 
 
@@ -198,7 +214,9 @@ def _proteins(fields: dict[str, Any], setup_args: dict[str, Any], n_panels: int)
     """The proteins, and on which of the panels they were measured."""
     state, source = _state(fields, "proteins"), fields["proteins"]["data_registry"]
     names = [str(name) for name in _listed(state["column_names"])]
-    mask = state.get("protein_batch_mask") or {}
+    mask = {batch: np.ravel(there) for batch, there in (state.get("protein_batch_mask") or {}).items()}
+    if not any(there.any() for there in mask.values()):  # of minified data, it was read from zeros
+        mask = {}
     in_obsm = source.get("attr_name") == "obsm"
     return {
         "argument": "protein_expression_obsm_key" if in_obsm else "protein_layer",
