@@ -57,6 +57,25 @@ def test_synthetic_iid_has_the_known_names():
     assert adata.uns["protein_names"][:2].tolist() == ["protein_0", "protein_1"]
 
 
+def test_synthetic_iid_with_other_names():
+    names = {"batch_key": "donor", "rna_key": "RNA", "protein_expression_key": "ADT", "protein_names_prefix": "CD"}
+    mdata = synthetic_iid(batch_size=5, n_genes=4, n_proteins=2, n_regions=3, return_mudata=True, **names)
+    assert list(mdata.mod) == ["RNA", "accessibility", "ADT"] and list(mdata.obs) == ["donor", "labels"]
+    assert mdata["ADT"].var_names.tolist() == ["CD_0", "CD_1"]
+    adata = synthetic_iid(batch_size=5, n_genes=4, n_proteins=2, n_regions=0, protein_names_key="markers", **names)
+    assert set(adata.obsm) == {"ADT"} and adata.uns["markers"].tolist() == ["CD_0", "CD_1"]
+    with pytest.raises(TypeError, match="Did you mean 'batch_key'"):
+        synthetic_iid(bach_key="donor")
+
+
+def test_synthetic_iid_that_is_no_counts():
+    adata = synthetic_iid(batch_size=2000, n_genes=10, n_proteins=0, n_regions=0, rna_dist="normal", seed=0)
+    kept = adata.X[adata.X != 0]
+    assert abs(kept.mean() - 5) < 0.05 and abs(kept.std() - 2) < 0.05 and abs((adata.X != 0).mean() - 0.7) < 0.01
+    with pytest.raises(ValueError, match="rna_dist='gamma'"):
+        synthetic_iid(rna_dist="gamma")
+
+
 def test_synthetic_iid_moments():
     adata = synthetic_iid(batch_size=2000, seed=1)
     mean, variance = stats.nbinom.stats(5, 0.3)

@@ -13,7 +13,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from scvi_lite.data.simulator import numbered, simulate
-from scvi_lite.errors import unknown
+from scvi_lite.errors import check_options, unknown
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -21,6 +21,19 @@ if TYPE_CHECKING:
 
 __all__ = ["pbmc68k_reduced", "simulate", "synthetic_iid"]
 
+#: What :func:`synthetic_iid` calls things, unless told otherwise.
+NAMES = {
+    "batch_key": "batch",
+    "labels_key": "labels",
+    "rna_key": "rna",
+    "gene_names_prefix": "gene",
+    "protein_expression_key": "protein_expression",
+    "protein_names_key": "protein_names",
+    "protein_names_prefix": "protein",
+    "accessibility_key": "accessibility",
+    "region_names_prefix": "region",
+    "coordinates_key": "coordinates",
+}
 SPARSE_FORMATS = {kind.__name__: kind for kind in (sp.csr_matrix, sp.csc_matrix, sp.csr_array, sp.csc_array)}
 
 
@@ -76,6 +89,8 @@ def synthetic_iid(
     generate_coordinates: bool = False,
     return_mudata: bool = False,
     seed: int | None = None,
+    rna_dist: str = "nb",
+    **names: str,
 ) -> AnnData | MuData:
     """Independent counts without any structure, to try interfaces with.
 
@@ -102,11 +117,19 @@ def synthetic_iid(
         with ``obsm["accessibility"]``, ``obsm["protein_expression"]`` and ``uns["protein_names"]``.
     seed
         None draws from NumPy's global random state.
+    rna_dist
+        ``"normal"``: expression that is no counts, normal (mean 5, standard deviation 2), and zero where not kept.
+    **names
+        Other keys and names: ``batch_key``, ``labels_key``, ``rna_key``, ``accessibility_key``,
+        ``protein_expression_key``, ``protein_names_key``, ``coordinates_key``, ``gene_names_prefix``,
+        ``region_names_prefix``, ``protein_names_prefix``.
 
     Raises
     ------
+    TypeError
+        For an option that there is not.
     ValueError
-        For a ``sparse_format`` that there is not, or fewer than one batch, cell or gene.
+        For a ``sparse_format`` or ``rna_dist`` that there is not, or fewer than one batch, cell or gene.
 
     Examples
     --------
@@ -118,40 +141,46 @@ def synthetic_iid(
 
     if sparse_format is not None and sparse_format not in SPARSE_FORMATS:
         raise ValueError(unknown("sparse_format", sparse_format, SPARSE_FORMATS, "a sparse format", "Formats"))
+    if rna_dist not in ("nb", "normal"):
+        raise ValueError(unknown("rna_dist", rna_dist, ["nb", "normal"]))
     if min(batch_size, n_batches, n_genes) < 1:
         raise ValueError("synthetic_iid needs batch_size, n_batches and n_genes of at least 1.")
+    check_options("synthetic_iid()", names, NAMES)
+    name = NAMES | names
+    rna, atac, protein = name["rna_key"], name["accessibility_key"], name["protein_expression_key"]
     rng = np.random.default_rng(np.random.randint(2**31) if seed is None else seed)
     n_cells = batch_size * n_batches
 
     def negative_binomial(n_features: int) -> np.ndarray:
         return rng.negative_binomial(5, 0.3, size=(n_cells, n_features))
 
-    def keep(count_nf: np.ndarray) -> np.ndarray:
-        return count_nf * rng.binomial(1, dropout_ratio, size=count_nf.shape)
+    def keep(value_nf: np.ndarray) -> np.ndarray:
+        return value_nf * rng.binomial(1, dropout_ratio, size=value_nf.shape)
 
-    def stored(count_nf: np.ndarray) -> Any:
-        return count_nf if sparse_format is None else SPARSE_FORMATS[sparse_format](count_nf)
+    def stored(value_nf: np.ndarray) -> Any:
+        return value_nf if sparse_format is None else SPARSE_FORMATS[sparse_format](value_nf)
 
-    names = {"rna": numbered("gene", n_genes)}
-    counts = {"rna": stored(keep(negative_binomial(n_genes)))}
+    features = {rna: numbered(name["gene_names_prefix"], n_genes)}
+    x_ng = negative_binomial(n_genes) if rna_dist == "nb" else rng.normal(5, 2, size=(n_cells, n_genes))
+    values = {rna: stored(keep(x_ng))}
     if n_regions > 0:
-        names["accessibility"] = numbered("region", n_regions)
-        counts["accessibility"] = stored(keep(negative_binomial(n_regions)))
+        features[atac] = numbered(name["region_names_prefix"], n_regions)
+        values[atac] = stored(keep(negative_binomial(n_regions)))
     if n_proteins > 0:
-        names["protein_expression"] = numbered("protein", n_proteins)
-        counts["protein_expression"] = stored(negative_binomial(n_proteins))
+        features[protein] = numbered(name["protein_names_prefix"], n_proteins)
+        values[protein] = stored(negative_binomial(n_proteins))
 
     obs = pd.DataFrame(index=[str(i) for i in range(n_cells)])
-    obs["batch"] = pd.Categorical(np.repeat(numbered("batch", n_batches), batch_size))
+    obs[name["batch_key"]] = pd.Categorical(np.repeat(numbered("batch", n_batches), batch_size))
     if n_labels > 0:
-        obs["labels"] = pd.Categorical(rng.choice(numbered("label", n_labels), size=n_cells))
-    coordinates = {"coordinates": rng.normal(size=(n_cells, 2))} if generate_coordinates else {}
+        obs[name["labels_key"]] = pd.Categorical(rng.choice(numbered("label", n_labels), size=n_cells))
+    coordinates = {name["coordinates_key"]: rng.normal(size=(n_cells, 2))} if generate_coordinates else {}
 
     if return_mudata:
-        return _as_mudata(counts, names, obs, coordinates)
-    extra = {key: counts[key] for key in counts if key != "rna"}
-    uns = {"protein_names": names["protein_expression"]} if n_proteins > 0 else {}
-    return AnnData(counts["rna"], obs=obs, var=pd.DataFrame(index=names["rna"]), obsm={**extra, **coordinates}, uns=uns)
+        return _as_mudata(values, features, obs, coordinates)
+    uns = {name["protein_names_key"]: features[protein]} if n_proteins > 0 else {}
+    var = pd.DataFrame(index=features[rna])
+    return AnnData(values.pop(rna), obs=obs, var=var, obsm={**values, **coordinates}, uns=uns)
 
 
 def _as_mudata(counts: dict, names: dict, obs: pd.DataFrame, obsm: dict) -> MuData:
