@@ -251,7 +251,7 @@ def test_resumed_equals_uninterrupted(sc_model, tmp_path):
         (lambda m: DestVI.from_rna_model(spots(), m).train(plan_kwargs={"l1_reg": 1}), TypeError, "no option 'l1_reg'"),
         (lambda m: DestVI.from_rna_model(spots(), m).train(plan_kwargs={"eta_reg": -1}), ValueError, "eta_reg=-1"),
         (lambda m: DestVI(spots(), m), TypeError, "DestVI.from_rna_model"),
-        (lambda m: DestVI.from_rna_model(spots(), m, eps_v=0.002), TypeError, "the loss of scvi-tools does not depend"),
+        (lambda m: DestVI.from_rna_model(spots(), m, dropout_decoder=0.1), TypeError, "the reference is held"),
         (lambda m: smoothed(m, smoothed_layer="smoth"), KeyError, "Did you mean 'smooth'"),
         (lambda m: smoothed(m, amortization="latent"), ValueError, "smoothed_layer needs a network"),
     ],
@@ -259,6 +259,17 @@ def test_resumed_equals_uninterrupted(sc_model, tmp_path):
 def test_refuses(make, error, message, sc_model):
     with pytest.raises(error, match=message):
         make(sc_model)
+
+
+@pytest.mark.parametrize("options", [{"train_size": 0.9}, {"train_size": None}, {"early_stopping": True}])
+def test_spots_with_their_own_parameters_are_not_held_out(sc_model, options):
+    model = DestVI.from_rna_model(spots(), sc_model, amortization="latent")
+    with pytest.raises(ValueError, match="would stay random.*amortization='both'"):
+        model.train(max_epochs=1, **options, **SILENT)
+    with pytest.warns(UserWarning, match="eps_v has no effect"):
+        model = DestVI.from_rna_model(spots(), sc_model, eps_v=0.01)
+    model.train(max_epochs=1, **({"train_size": 0.9} | options), **SILENT)
+    assert "validation_loss" in model.history
 
 
 def test_other_spots(sc_model):

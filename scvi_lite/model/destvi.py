@@ -14,7 +14,7 @@ from scvi_lite.analysis import spots
 from scvi_lite.data.fields import Matrix, columns_of_obs
 from scvi_lite.data.genes import match_genes
 from scvi_lite.data.registry import find, setups_of
-from scvi_lite.errors import as_options, check_options, listing, without_absent
+from scvi_lite.errors import as_options, check_options, listing, without_absent, without_needless
 from scvi_lite.model.base import Model, arguments_of
 from scvi_lite.model.reference import Reference, check_reference
 from scvi_lite.nn.deconvolution import SpotConfig, SpotModule
@@ -35,10 +35,8 @@ NETWORK_OPTIONS = (
     "dropout_amortization",
     "n_latent_amortization",
 )
-ABSENT = {
-    "eps_v": "the loss of scvi-tools does not depend on it either",
-    "dropout_decoder": "the decoder of the reference is held, without dropout",
-}
+ABSENT = {"dropout_decoder": "the decoder of the reference is held, without dropout"}
+NEEDLESS = {"eps_v": "the loss does not depend on it, nor does that of scvi-tools"}
 WEIGHTS = (
     "ct_sparsity_weight",
     "weighting_augmentation",
@@ -154,7 +152,7 @@ class DestVI(Model):
     def __init__(self, st_adata: AnnData, reference: Reference, **network_options: Any):
         if not isinstance(reference, Reference):
             raise TypeError("A DestVI is made from a model of single cells: DestVI.from_rna_model(st_adata, sc_model).")
-        network_options = without_absent("DestVI", network_options, ABSENT)
+        network_options = without_absent("DestVI", without_needless(network_options, NEEDLESS), ABSENT)
         super().__init__(st_adata, reference.sizes | network_options, (*reference.sizes, *NETWORK_OPTIONS))
         reference.fill(self.module)
 
@@ -247,7 +245,7 @@ class DestVI(Model):
         max_epochs, lr
             Passes over the spots, and learning rate.
         train_size
-            Spots that are not trained on keep random parameters where ``amortization`` is not ``"both"``.
+            Below 1 with ``amortization="both"`` alone: else spots that are not trained on would keep random parameters.
         n_epochs_kl_warmup
             Epochs in which the weight of the prior of the states, and of the penalties on proportions, grows to 1.
         plan_kwargs
@@ -256,8 +254,16 @@ class DestVI(Model):
         Raises
         ------
         TypeError, ValueError
-            If an option does not exist, or a value is out of range.
+            If an option does not exist, a value is out of range, or spots are held out that have parameters of their
+            own.
         """
+        amortization = self.module.config.amortization
+        if amortization != "both" and (train_size != 1 or trainer_kwargs.get("early_stopping")):
+            raise ValueError(
+                f"train_size={train_size!r}: this DestVI (amortization={amortization!r}) keeps parameters of each "
+                "spot, and those of spots that are held out would stay random. Train on all, with train_size=1 and "
+                "without early_stopping, or make the model with amortization='both'."
+            )
         self._fit(
             max_epochs=max_epochs,
             accelerator=accelerator,
