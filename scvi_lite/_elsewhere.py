@@ -65,17 +65,17 @@ INSTEAD: dict[str, dict[str, str]] = {
         "reset_logging_handler": "messages go to logging.getLogger('scvi_lite'), whose handlers are yours to change",
     },
     "scvi_lite.train": {
-        "SaveCheckpoint": "give enable_checkpointing=True and checkpointing_monitor=... to train()",
         "LoudEarlyStopping": "give early_stopping=True to train()",
         "METRIC_KEYS": "the names of metrics are those of model.history",
         "ScibCallback": "compute the metrics of scib-metrics from model.get_latent_representation()",
-        **dict.fromkeys(("KwargsConfig", "Trainer", "TrainRunner", "TrainerConfig", "merge_kwargs"), ONE_TRAINER),
+        **dict.fromkeys(("KwargsConfig", "Trainer", "TrainRunner"), ONE_TRAINER),
         **dict.fromkeys(
             (
                 f"{kind}TrainingPlan{config}"
                 for kind in ("", "Adversarial", "Classifier", "LowLevelPyro", "Pyro", "SemiSupervised",
                              "SemiSupervisedAdversarial")
                 for config in ("", "Config")
+                if kind or not config
             ),
             SETTINGS_OF_TRAINING,
         ),

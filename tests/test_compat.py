@@ -330,3 +330,27 @@ def test_options_of_loaders_that_scripts_spell_out(model):
         model.get_elbo(dataloader=[1])
     with pytest.raises(TypeError, match="unexpected keyword argument 'foo'"):
         model.get_elbo(data_loader_kwargs={"foo": 1})
+
+
+def test_options_of_a_training_in_one_object():
+    model = make_model(train=False)
+    plan = scvi.train.TrainingPlanConfig(lr=0.0, eps=0.1)
+    trainer = scvi.train.TrainerConfig(max_epochs=2, check_val_every_n_epoch=2, extra_kwargs={"max_steps": 3})
+    before = [parameter.clone() for parameter in model.module.parameters()]
+    model.train(plan_config=plan, plan_kwargs={"weight_decay": 0.0}, trainer_config=trainer, batch_size=16, **SILENT)
+    assert all(map(torch.equal, before, model.module.parameters()))
+    assert model.trainer.global_step == 3
+    model = make_model(train=False)
+    model.train(1, trainer_config=trainer, **SILENT)  # what train() itself is given counts
+    assert len(model.history["elbo_train"]) == 1
+    assert scvi.train.merge_kwargs(None, {"lr": 1}, name="plan") == {"lr": 1}
+
+
+def test_a_checkpoint_callback_that_ends_with_the_best_weights(tmp_path):
+    model = make_model(train=False)
+    checkpoint = scvi.train.SaveCheckpoint(tmp_path, monitor="elbo_validation", mode="max", load_best_on_end=True)
+    model.train(4, callbacks=[checkpoint], plan_kwargs={"lr": 0.01}, **SILENT)  # of which the first is the highest
+    best = torch.load(checkpoint.best_model_path, weights_only=True)
+    assert best["epoch"] == 0
+    assert all(torch.equal(best["state_dict"][f"module.{k}"], value) for k, value in model.module.state_dict().items())
+    assert float(checkpoint.best_model_score) == pytest.approx(model.history["elbo_validation"].max().item())

@@ -518,8 +518,6 @@ def test_refused_before_any_work(model, options, message, monkeypatch):
         ({"plan_kwargs": {"n_epochs_kl_warm_up": 1}}, "Did you mean 'n_epochs_kl_warmup'"),
         ({"datasplitter_kwargs": {"droplast": True}}, "Did you mean 'drop_last'"),
         ({"lr": 1e-3}, r"plan_kwargs=\{'lr'"),
-        ({"plan_config": {}}, "plan_kwargs"),
-        ({"trainer_config": {}}, r"options of train\(\)"),
         ({"datamodule": object()}, "AnnData"),
         ({"log_save_dir": "runs"}, "default_root_dir"),
     ],

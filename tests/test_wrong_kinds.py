@@ -90,7 +90,9 @@ def test_paths(model, path):
         ({"datasplitter_kwargs": ["drop_last"]}, r"datasplitter_kwargs=\['drop_last'\]: a dictionary"),
         ({"shuffle_set_split": "no"}, "shuffle_set_split='no': True or False"),
         ({"plan_kwargs": {"update_only_decoder": True}}, r"has no option 'update_only_decoder': freeze"),
-        ({"plan_config": {"lr": 1}}, "has no option 'plan_config': give its entries as plan_kwargs"),
+        ({"plan_config": 3}, "plan_config=3: a dictionary"),
+        ({"plan_config": {"learn_rate": 1}}, "plan_kwargs has no option 'learn_rate'"),
+        ({"trainer_config": {"precison": 64}}, "Did you mean 'precision'"),
     ],
 )
 def test_options_of_train(model, options, message):
@@ -217,7 +219,7 @@ def test_plan_options_of_metrics_say_that_they_have_no_effect():
         ("data", "reads_to_fragments", "np.ceil"),
         ("model", "get_max_epochs_heuristic", "20000"),
         ("settings", "reset_logging_handler", "logging.getLogger"),
-        ("train", "SaveCheckpoint", "enable_checkpointing"),
+        ("train", "ScibCallback", "scib-metrics"),
         ("train", "AdversarialTrainingPlanConfig", "plan_kwargs"),
         ("train", "Trainer", "lightning.Trainer"),
     ],

@@ -6,7 +6,7 @@ import logging
 import sys
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from inspect import isfunction
+from inspect import isfunction, signature
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -282,8 +282,10 @@ class Model(metaclass=SaysInstead):
         if "lightning.pytorch" not in sys.modules and arguments.get("enable_progress_bar", True):
             logger.info("Loading Lightning, once in a session ...")  # it takes seconds, before there is a bar
         from scvi_lite.model.training import fit_model
+        from scvi_lite.train.configs import with_configs
 
-        fit_model(self, **arguments)
+        defaults = {name: parameter.default for name, parameter in signature(self.train).parameters.items()}
+        fit_model(self, **with_configs(arguments, defaults))
 
     def _check_can_train(self) -> None:
         """Refuse what cannot be trained; models add to it."""

@@ -8,7 +8,19 @@ __getattr__, __dir__ = lazy(
         "Plan": "scvi_lite.train.plan",
         "Task": "scvi_lite.train.task",
         "TrainingDivergedError": "scvi_lite.train.task",
+        "SaveCheckpoint": "scvi_lite.train.callbacks",
+        "TrainerConfig": "scvi_lite.train.configs",
+        "TrainingPlanConfig": "scvi_lite.train.configs",
+        "merge_kwargs": "scvi_lite.train.configs",
     },
 )
 
-__all__ = ["Plan", "Task", "TrainingDivergedError"]
+__all__ = [
+    "Plan",
+    "SaveCheckpoint",
+    "Task",
+    "TrainerConfig",
+    "TrainingDivergedError",
+    "TrainingPlanConfig",
+    "merge_kwargs",
+]

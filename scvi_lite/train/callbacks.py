@@ -14,7 +14,8 @@ from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback, EarlyStopping
+import torch
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
 from scvi_lite.train.plan import is_of_validation
 
@@ -37,6 +38,42 @@ class WarmEarlyStopping(EarlyStopping):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict | {"patience": self.patience})
+
+
+class SaveCheckpoint(ModelCheckpoint):
+    """Checkpoints as ``enable_checkpointing=True`` keeps them, with a choice of the weights to end with.
+
+    Parameters
+    ----------
+    dirpath, filename
+        Where the checkpoints go; by default ``checkpoints`` in ``settings.logging_dir``.
+    monitor
+        The metric that says which is the best.
+    load_best_on_end
+        End the training with the weights of the best checkpoint.
+    check_nan_gradients
+        Makes no difference: a training that diverges ends with its last good weights.
+    **options
+        Of ``lightning.pytorch.callbacks.ModelCheckpoint``.
+    """
+
+    def __init__(
+        self,
+        dirpath: str | Path | None = None,
+        filename: str | None = None,
+        monitor: str = "validation_loss",
+        load_best_on_end: bool = False,
+        check_nan_gradients: bool = False,
+        **options: Any,
+    ):
+        super().__init__(dirpath, filename=filename, monitor=monitor, **options)
+        self.load_best_on_end = load_best_on_end
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        if self.load_best_on_end and self.best_model_path:
+            best = torch.load(self.best_model_path, map_location=pl_module.device, weights_only=True)
+            pl_module.load_state_dict(best["state_dict"])
 
 
 class StopFlag:

@@ -24,8 +24,6 @@ NEEDLESS = {
     **NO_LOADERS,
 }
 INSTEAD = {
-    "plan_config": "give its entries as plan_kwargs={...}",
-    "trainer_config": "give its entries as options of train() itself",
     "datamodule": "make the model with an AnnData, which may be backed by a file larger than memory",
     "log_save_dir": "give default_root_dir=..., or logger=CSVLogger(...) of lightning.pytorch.loggers",
     "external_indexing": "give datasplitter_kwargs={'external_indexing': [train, validation, test]}",
