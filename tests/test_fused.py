@@ -304,7 +304,7 @@ def test_sparse_linear_refuses_other_features():
 @FORM
 def test_on_cuda(form):
     counts, inputs, up_n = draw(form, 40, 300, dtype=torch.float32)
-    moved = Counts(*(t.cuda() for t in (counts.start, counts.row_m, counts.col_m, counts.value_m)), counts.n_features)
+    moved = Counts(*(t.cuda() for t in (counts.start, counts.col_m, counts.value_m)), counts.n_features)
     compare(form, moved, [t.detach().cuda().requires_grad_() for t in inputs], up_n.cuda(), 1e-5)
     weight_hg = torch.randn(4, 300)
     value_nh = sparse_linear(moved, weight_hg.cuda()).cpu()

@@ -21,14 +21,21 @@ class Counts:
     """
 
     start: Tensor  #: (n + 1,) int64: the non-zeros of cell i are start[i]:start[i + 1]
-    row_m: Tensor  #: (m,) int64: cell of each non-zero, within the minibatch
     col_m: Tensor  #: (m,) int64: feature of each non-zero
     value_m: Tensor  #: (m,) float32
     n_features: int
+    known_row_m: Tensor | None = None  #: see :attr:`row_m`
 
     @property
     def n_cells(self) -> int:
         return self.start.shape[0] - 1
+
+    @property
+    def row_m(self) -> Tensor:
+        """Cell of each non-zero within the minibatch, (m,) int64; made when it is first asked for."""
+        if self.known_row_m is None:
+            self.known_row_m = rows_of(self.start, self.col_m)
+        return self.known_row_m
 
     @property
     def x_ng(self) -> Tensor:
@@ -56,7 +63,6 @@ class Counts:
             return self
         return Counts(
             self.start.to(device),
-            self.row_m.to(device),
             self.col_m.to(device),
             self.value_m.to(device),
             self.n_features,
@@ -72,7 +78,6 @@ class Counts:
         """
         return Counts(
             torch.cat([self.start, self.start[-1] + other.start[1:]]),
-            torch.cat([self.row_m, self.n_cells + other.row_m]),
             torch.cat([self.col_m, other.col_m]),
             torch.cat([self.value_m, other.value_m]),
             self.n_features,
@@ -81,10 +86,8 @@ class Counts:
     @classmethod
     def from_csr(cls, csr: csr_matrix) -> Counts:
         """The coordinates of a canonical SciPy matrix."""
-        length_n = np.diff(csr.indptr)
-        coordinates = (csr.indptr, np.repeat(np.arange(len(length_n)), length_n), csr.indices)
-        start, row_m, col_m = (torch.from_numpy(c.astype(np.int64, copy=False)) for c in coordinates)
-        return cls(start, row_m, col_m, torch.from_numpy(csr.data.astype(np.float32)), csr.shape[1])
+        start, col_m = (torch.from_numpy(a.astype(np.int64, copy=False)) for a in (csr.indptr, csr.indices))
+        return cls(start, col_m, torch.from_numpy(csr.data.astype(np.float32)), csr.shape[1])
 
     @classmethod
     def from_dense(cls, x_ng: Tensor) -> Counts:
@@ -96,7 +99,16 @@ class Counts:
         row_m, col_m = x_ng.nonzero(as_tuple=True)
         start = torch.zeros(x_ng.shape[0] + 1, dtype=torch.int64, device=x_ng.device)
         torch.cumsum((x_ng != 0).sum(1), 0, out=start[1:])
-        return cls(start, row_m, col_m, x_ng[row_m, col_m], x_ng.shape[1])
+        return cls(start, col_m, x_ng[row_m, col_m], x_ng.shape[1], row_m)
+
+
+def rows_of(start: Tensor, col_m: Tensor) -> Tensor:
+    """The row of each non-zero, (m,), from where rows start.
+
+    >>> rows_of(torch.tensor([0, 2, 3]), torch.tensor([4, 5, 4]))
+    tensor([0, 0, 1])
+    """
+    return torch.repeat_interleave(start.diff(), output_size=col_m.shape[0])
 
 
 @dataclass

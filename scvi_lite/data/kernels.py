@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from scvi_lite.data.batch import Counts
 
 
-def copy_rows(row_n: Tensor, start: Tensor, col: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Some rows of a matrix: where each begins, and row, column and number of each of their non-zeros.
+def copy_rows(row_n: Tensor, start: Tensor, col: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Some rows of a matrix: where each begins, and column and number of each of their non-zeros.
 
     Parameters
     ----------
@@ -27,14 +27,14 @@ def copy_rows(row_n: Tensor, start: Tensor, col: Tensor, value: Tensor) -> tuple
 
     Returns
     -------
-    int64 (n + 1,), int64 (m,), int64 (m,) and float32 (m,).
+    int64 (n + 1,), int64 (m,) and float32 (m,).
 
     >>> copy_rows(torch.tensor([1]), torch.tensor([0, 2, 3]), torch.tensor([0, 1, 2]), torch.tensor([5, 6, 7]))
-    (tensor([0, 1]), tensor([0]), tensor([2]), tensor([7.]))
+    (tensor([0, 1]), tensor([2]), tensor([7.]))
     """
     arrays = compiled(_copy_rows)(*(t.numpy() for t in (row_n, start, col, value)))
-    start_n, row_m, col_m, value_m = map(torch.from_numpy, arrays)
-    return start_n, row_m, col_m, value_m
+    start_n, col_m, value_m = map(torch.from_numpy, arrays)
+    return start_n, col_m, value_m
 
 
 def _copy_rows(row_n, start, col, value):
@@ -43,18 +43,16 @@ def _copy_rows(row_n, start, col, value):
     for i in range(n):
         start_n[i + 1] = start_n[i] + start[row_n[i] + 1] - start[row_n[i]]
     m = start_n[n]
-    row_m, col_m, value_m = np.empty(m, np.int64), np.empty(m, np.int64), np.empty(m, np.float32)
+    col_m, value_m = np.empty(m, np.int64), np.empty(m, np.float32)
     for i in range(n):
         # Slices, whose indices start at 0: the compiler then copies many numbers at once.
         here, there = slice(start[row_n[i]], start[row_n[i] + 1]), slice(start_n[i], start_n[i + 1])
-        _copy_row(i, col[here], value[here], row_m[there], col_m[there], value_m[there])
-    return start_n, row_m, col_m, value_m
+        _copy_row(col[here], value[here], col_m[there], value_m[there])
+    return start_n, col_m, value_m
 
 
 @numba.njit
-def _copy_row(i, col, value, row_m, col_m, value_m):
-    for k in range(len(row_m)):
-        row_m[k] = i
+def _copy_row(col, value, col_m, value_m):
     for k in range(len(col)):
         col_m[k] = col[k]
     for k in range(len(value)):
@@ -63,8 +61,8 @@ def _copy_row(i, col, value, row_m, col_m, value_m):
 
 def gather_rows(
     first_n: np.ndarray, start: np.ndarray, col: np.ndarray, value: np.ndarray
-) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """Row, column and number of each non-zero, and the total of each row (n,); None if columns are not in order or
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Column and number of each non-zero, and the total of each row (n,); None if columns are not in order or
     a number is 0.
 
     Parameters
@@ -76,31 +74,31 @@ def gather_rows(
     col, value
         Columns and numbers of a matrix, of any type.
 
-    >>> gather_rows(np.array([1]), np.array([0, 2]), np.array([4, 0, 2]), np.array([5, 6, 7]))[1:]
+    >>> gather_rows(np.array([1]), np.array([0, 2]), np.array([4, 0, 2]), np.array([5, 6, 7]))
     (tensor([0, 2]), tensor([6., 7.]), tensor([13.]))
     """
     n, m = len(first_n), int(start[-1])
-    row_m, col_m = torch.empty(m, dtype=torch.int64), torch.empty(m, dtype=torch.int64)
-    value_m, total_n = torch.empty(m, dtype=torch.float32), torch.empty(n, dtype=torch.float32)
+    col_m, value_m = torch.empty(m, dtype=torch.int64), torch.empty(m, dtype=torch.float32)
+    total_n = torch.empty(n, dtype=torch.float32)
     kernel = compiled(_gather_rows)
-    arrays = (first_n, start, col, value, *(t.numpy() for t in (row_m, col_m, value_m, total_n)))
+    arrays = (first_n, start, col, value, *(t.numpy() for t in (col_m, value_m, total_n)))
     wrong = on_threads(lambda first, last: kernel(first, last, *arrays), n, m)
-    return None if any(wrong) else (row_m, col_m, value_m, total_n)
+    return None if any(wrong) else (col_m, value_m, total_n)
 
 
-def _gather_rows(begin, end, first_n, start, col, value, row_m, col_m, value_m, total_n):
+def _gather_rows(begin, end, first_n, start, col, value, col_m, value_m, total_n):
     wrong = 0
     for i in range(begin, end):
         lo, hi = start[i], start[i + 1]
         here = slice(first_n[i], first_n[i] + hi - lo)
-        total_n[i], n_wrong = _gather_row(i, col[here], value[here], row_m[lo:hi], col_m[lo:hi], value_m[lo:hi])
+        total_n[i], n_wrong = _gather_row(col[here], value[here], col_m[lo:hi], value_m[lo:hi])
         wrong += n_wrong
     return wrong
 
 
 @numba.njit(fastmath={"reassoc", "contract", "nsz"})
-def _gather_row(i, col, value, row_m, col_m, value_m):
-    _copy_row(i, col, value, row_m, col_m, value_m)
+def _gather_row(col, value, col_m, value_m):
+    _copy_row(col, value, col_m, value_m)
     wrong, total = 0, 0.0
     for k in range(len(value)):
         total += value[k]

@@ -55,7 +55,7 @@ class Rows:
             np.cumsum(np.where(place_n < 0, 0, length_n), out=start[1:])
             found = gather_rows(first_n, start, self.matrix.indices, self.matrix.data)
             if found is not None:
-                return Counts(torch.from_numpy(start), *found[:3], self.shape[1]), found[3]
+                return Counts(torch.from_numpy(start), *found[:2], self.shape[1]), found[2]
         csr = self[row_n]
         return Counts.from_csr(csr), torch.from_numpy(row_sums(csr.indptr, csr.data))
 

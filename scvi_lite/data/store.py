@@ -103,7 +103,7 @@ class CompactCSR:
         first_n, start = self._ranges(row_n)
         position_m, row_m = positions(first_n, start, self.col.device)
         col_m, value_m = self.col[position_m].long(), self.value[position_m].float()
-        return Counts(start.to(self.col.device), row_m, col_m, value_m, self.n_features)
+        return Counts(start.to(self.col.device), col_m, value_m, self.n_features, row_m)
 
     def to(self, device: torch.device | str) -> CompactCSR:
         """The same rows with their numbers on a device."""

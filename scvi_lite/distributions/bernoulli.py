@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from scvi_lite.data.batch import Counts
+from scvi_lite.data.batch import Counts, rows_of
 
 #: From here on a region that is found closed is no less likely, so that its log-probability stays finite.
 LARGEST_LOGIT = 80.0
@@ -73,7 +73,7 @@ def bernoulli(
         )
     dtype = torch.promote_types(logit_nr.dtype, torch.float32)
     inputs = [None if t is None else t.to(dtype) for t in (logit_nr, depth_n, factor_r)]
-    return _Bernoulli.apply(counts.start, counts.row_m, counts.col_m, *inputs)
+    return _Bernoulli.apply(counts.start, counts.col_m, *inputs)
 
 
 class _Bernoulli(torch.autograd.Function):
@@ -81,7 +81,6 @@ class _Bernoulli(torch.autograd.Function):
     def forward(
         ctx: Any,
         start: Tensor,
-        row_m: Tensor,
         col_m: Tensor,
         logit_nr: Tensor,
         depth_n: Tensor | None,
@@ -99,7 +98,9 @@ class _Bernoulli(torch.autograd.Function):
             value_n, dlogit_nr, w_nr, w_n = score(start, col_m, logit_nr, depth, factor, weight)
         else:
             ctx.weight = 1.0
-            value_n, dlogit_nr, w_nr, w_n = _value_and_derivatives(row_m, col_m, logit_nr, depth, factor)
+            value_n, dlogit_nr, w_nr, w_n = _value_and_derivatives(
+                rows_of(start, col_m), col_m, logit_nr, depth, factor
+            )
         ctx.save_for_backward(dlogit_nr, w_nr, w_n * torch.sigmoid(-depth), torch.sigmoid(-factor))
         return value_n
 
@@ -107,11 +108,11 @@ class _Bernoulli(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, up_n: Tensor) -> tuple[Tensor | None, ...]:
         dlogit_nr, w_nr, ddepth_n, closed_r = ctx.saved_tensors
-        need_logit, need_depth, need_factor = ctx.needs_input_grad[3:]
+        need_logit, need_depth, need_factor = ctx.needs_input_grad[2:]
         scale_n = up_n if ctx.weight == 1 else up_n / ctx.weight
         as_foreseen = ctx.weight != 1 and bool((up_n == ctx.weight).all())
         return (
-            *(None,) * 3,
+            *(None,) * 2,
             (dlogit_nr if as_foreseen else dlogit_nr * scale_n[:, None]) if need_logit else None,
             ddepth_n * up_n if need_depth else None,
             (scale_n @ w_nr) * closed_r if need_factor else None,

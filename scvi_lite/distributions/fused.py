@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from scvi_lite.data.batch import Counts
+from scvi_lite.data.batch import Counts, rows_of
 from scvi_lite.distributions.counts import digamma_rise, nb_log_prob, poisson_log_prob, safe_theta
 
 
@@ -96,7 +96,7 @@ def _score(
         return _score_draws(parts, counts, logit_ng, library_n, log_theta, dropout_ng)
     dtype = torch.promote_types(logit_ng.dtype, torch.float32)
     inputs = [None if t is None else t.to(dtype) for t in (logit_ng, library_n, log_theta, dropout_ng)]
-    coordinates = counts.start, counts.row_m, counts.col_m, counts.value_m.to(dtype)
+    coordinates = counts.start, counts.col_m, counts.value_m.to(dtype)
     return _Score.apply(parts, *coordinates, *inputs)
 
 
@@ -135,7 +135,6 @@ class _Score(torch.autograd.Function):
         ctx: Any,
         parts: Callable[..., Parts],
         start: Tensor,
-        row_m: Tensor,
         col_m: Tensor,
         x_m: Tensor,
         logit_ng: Tensor,
@@ -152,7 +151,7 @@ class _Score(torch.autograd.Function):
         else:
             ctx.weight = 1.0
             inputs = logit_ng, library_n, log_theta, dropout_ng
-            value_n, derivatives = _value_and_derivatives(parts, row_m, col_m, x_m, *inputs)
+            value_n, derivatives = _value_and_derivatives(parts, rows_of(start, col_m), col_m, x_m, *inputs)
         ctx.save_for_backward(*derivatives)
         ctx.theta_per_gene = log_theta is not None and log_theta.ndim == 1
         return value_n
@@ -161,7 +160,7 @@ class _Score(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, up_n: Tensor) -> tuple[Tensor | None, ...]:
         dlogit_ng, dlibrary_n, dtheta_ng, ddropout_ng = ctx.saved_tensors
-        need_logit, need_library, need_theta, need_dropout = ctx.needs_input_grad[5:]
+        need_logit, need_library, need_theta, need_dropout = ctx.needs_input_grad[4:]
         scale_n = up_n if ctx.weight == 1 else up_n / ctx.weight
         # Descending the mean over cells, as nearly every loss does, nothing is left to scale.
         as_foreseen = ctx.weight != 1 and bool((up_n == ctx.weight).all())
@@ -173,7 +172,7 @@ class _Score(torch.autograd.Function):
         if need_theta:
             dtheta = scale_n @ dtheta_ng if ctx.theta_per_gene else scaled(dtheta_ng)
         return (
-            *(None,) * 5,
+            *(None,) * 4,
             scaled(dlogit_ng) if need_logit else None,
             dlibrary_n * scale_n if need_library else None,
             dtheta,

@@ -46,15 +46,15 @@ def sparse_linear(counts: Counts, weight_hg: Tensor) -> Tensor:
     if weight_hg.is_cuda or torch.compiler.is_compiling():
         return torch.nn.functional.linear(counts.x_ng, weight_hg)
     dtype = torch.promote_types(weight_hg.dtype, torch.float32)
-    parts = counts.start, counts.row_m, counts.col_m, counts.value_m.to(dtype)
+    parts = counts.start, counts.col_m, counts.value_m.to(dtype)
     return _SparseLinear.apply(*parts, weight_hg.to(dtype).t()).to(weight_hg.dtype)
 
 
 class _SparseLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, start: Tensor, row_m: Tensor, col_m: Tensor, value_m: Tensor, weight_gh: Tensor) -> Tensor:
-        counts = Counts(start, row_m, col_m, value_m, weight_gh.shape[0])
-        ctx.save_for_backward(start, row_m, col_m, value_m)
+    def forward(ctx: Any, start: Tensor, col_m: Tensor, value_m: Tensor, weight_gh: Tensor) -> Tensor:
+        counts = Counts(start, col_m, value_m, weight_gh.shape[0])
+        ctx.save_for_backward(start, col_m, value_m)
         ctx.n_features = weight_gh.shape[0]
         if _share(counts) > SPARSE_FORWARD:
             return counts.x_ng @ weight_gh
@@ -64,17 +64,17 @@ class _SparseLinear(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, up_nh: Tensor) -> tuple[Tensor | None, ...]:
-        start, row_m, col_m, value_m = ctx.saved_tensors
-        counts = Counts(start, row_m, col_m, value_m, ctx.n_features)
+        start, col_m, value_m = ctx.saved_tensors
+        counts = Counts(start, col_m, value_m, ctx.n_features)
         up_nh = up_nh.to(value_m.dtype)  # under autocast, the product forward came in 16 bits
         if _share(counts) > SPARSE_BACKWARD:
-            return *(None,) * 4, counts.x_ng.t() @ up_nh
+            return *(None,) * 3, counts.x_ng.t() @ up_nh
         from scvi_lite.distributions.sparse_kernels import by_feature
 
         # Sorted by feature, so that a row of the gradient is written once.
         start_g, row_m, value_m = by_feature(start, col_m, value_m, ctx.n_features)
         dweight_gh = embedding_bag(row_m, up_nh.contiguous(), start_g[:-1], mode="sum", per_sample_weights=value_m)
-        return *(None,) * 4, dweight_gh
+        return *(None,) * 3, dweight_gh
 
 
 def _look_up(counts: Counts, weight_gh: Tensor) -> Tensor:
