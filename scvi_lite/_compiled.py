@@ -16,10 +16,31 @@ from typing import Any
 
 import numba
 import torch
+from numba.core.compiler import Compiler
 
 # A thread is worth its call from this many elements on.
 MIN_WORK = 1 << 14
 HOME = os.getpid()  # OpenMP does not survive a fork
+
+
+class _Apart(Compiler):
+    """Takes the arguments of a function for arrays of their own, which share no memory.
+
+    Else a loop asks when it runs, takes arrays that lie near one another for one, and goes number by number, which
+    rounds otherwise: the last digit would depend on where in memory small arrays happen to be.
+    """
+
+    def define_pipelines(self) -> Any:
+        self.state.flags.noalias = True
+        return super().define_pipelines()
+
+
+# For a loop over many numbers at once: sums may be taken in any order, and what is written is not read elsewhere.
+AT_ONCE: dict[str, Any] = {
+    "fastmath": {"nnan", "ninf", "nsz", "arcp", "contract", "reassoc"},
+    "error_model": "numpy",
+    "pipeline_class": _Apart,
+}
 
 
 @cache

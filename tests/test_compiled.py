@@ -1,12 +1,15 @@
-"""Shares of rows on the threads of PyTorch."""
+"""Shares of rows on the threads of PyTorch; loops whose results are the same wherever their arrays lie."""
 
+import itertools
 import threading
 
+import numpy as np
 import pytest
 import torch
 
 from scvi_lite import _compiled
 from scvi_lite._compiled import on_threads
+from scvi_lite.distributions import binary_kernels, kernels
 
 
 @pytest.fixture(params=["openmp", "pool"])
@@ -48,3 +51,35 @@ def test_a_share_that_nobody_took_is_an_interrupt(four_threads, monkeypatch):
     monkeypatch.setattr(_compiled, "_openmp", lambda: None)
     with pytest.raises(KeyboardInterrupt):
         on_threads(lambda first, last: None, 4, 4)
+
+
+def row(*n_rows):  # as short as a few steps of a loop
+    return np.random.default_rng(0).uniform(0.1, 3, (*n_rows, 20)).astype(np.float32)
+
+
+LOOPS = {
+    "genes": (kernels.zeros_row, 0, 0, np.float32(3), np.float32(-0.1), row(), row(), row(1), row(1), row(), row())
+    + (row(1), row(1), row(1)),
+    "regions": (binary_kernels.zeros_row, 0, 0, *map(np.float32, (-0.1, 0.4, 0.6)), row(), row(1), row(), row())
+    + (row(1), row(1)),
+}
+
+
+def call(function, *arguments, order, gap):
+    """Everything that a function gives and writes, its arrays laid out in this order, so many bytes apart."""
+    memory, begin, placed = np.zeros(1 << 16, np.uint8), 0, list(arguments)
+    for i in order:
+        given = arguments[i]
+        placed[i] = memory[begin : begin + given.nbytes].view(given.dtype).reshape(given.shape)
+        placed[i][:] = given
+        begin += given.nbytes + gap
+    return function(*placed), *(placed[i].tobytes() for i in sorted(order))
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_results_are_the_same_wherever_arrays_lie(name):
+    arrays = [i for i, argument in enumerate(LOOPS[name][1:]) if isinstance(argument, np.ndarray)]
+    far = call(*LOOPS[name], order=arrays, gap=2048)
+    for first, second in itertools.permutations(arrays, 2):
+        others = [i for i in arrays if i not in (first, second)]
+        assert call(*LOOPS[name], order=[first, second, *others], gap=16) == far, (first, second)

@@ -3,44 +3,44 @@
 from __future__ import annotations
 
 import math
-from typing import Any
-
 import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from scvi_lite._compiled import compiled, on_threads
-from scvi_lite.distributions.kernels import ANY_ORDER, F, exp, log1p
+from scvi_lite._compiled import AT_ONCE, compiled, on_threads
+from scvi_lite.distributions.kernels import F, exp, log1p, wide
 
 
-@njit(fastmath=ANY_ORDER, error_model="numpy")
-def zeros_row(i, o, weight, depth, rest, zero_r, logit_nr, factor_r, closed_r, dlogit_nr, w_nr):
-    """Log-probability of the zeros of row i and the sum of their odds; the derivatives go into row o."""
+@njit(**AT_ONCE)
+def zeros_row(i, weight, depth, rest, zero_r, logit_nr, factor_r, closed_r, dlogit_nr, w_r):
+    """Log-probability of the zeros of row i and the sum of their odds; fill the derivatives, and add to w."""
+    wide()
     value, total = F(0), F(0)
     for j in range(zero_r.shape[0]):
         e = exp(-logit_nr[i, j])
         odds = zero_r[j] * (depth * factor_r[j] / (e + (rest + depth * closed_r[j])))
         value -= log1p(odds)
         total += odds
-        w_nr[o, j] = -weight * odds
-        dlogit_nr[o, j] = -weight * odds * e / (F(1) + e)
+        if dlogit_nr is not None:
+            w_r[j] -= weight * odds
+            dlogit_nr[i, j] = -weight * odds * e / (F(1) + e)
     return value, total
 
 
 def score_rows(
     first, last, start, col_m, logit_nr, depth_n, rest_n, log_depth_n, factor_r, closed_r, log_factor_r, value_n,
-    w_n, weight, dlogit_nr, w_nr,
+    w_n, weight_n, dlogit_nr, w_r,
 ):  # fmt: skip
-    """Fill value and derivatives of the cells first:last."""
+    """Fill value and derivatives of the cells first:last; sums over cells are added to."""
     zero_r = np.ones(logit_nr.shape[1], F)
     for i in range(first, last):
-        o = i % dlogit_nr.shape[0]
+        weight = F(0) if weight_n is None else weight_n[i]
         for m in range(start[i], start[i + 1]):
             zero_r[col_m[m]] = F(0)
         zeros, odds = zeros_row(
-            i, o, weight, depth_n[i], rest_n[i], zero_r, logit_nr, factor_r, closed_r, dlogit_nr, w_nr
+            i, weight, depth_n[i], rest_n[i], zero_r, logit_nr, factor_r, closed_r, dlogit_nr, w_r
         )
         ones = (start[i + 1] - start[i]) * float(log_depth_n[i])
         for m in range(start[i], start[i + 1]):
@@ -49,31 +49,33 @@ def score_rows(
             y = logit_nr[i, j]
             q = math.exp(-abs(y))
             ones += log_factor_r[j] + min(y, F(0)) - math.log1p(q)
-            w_nr[o, j] = weight
-            dlogit_nr[o, j] = weight * ((q if y > 0 else 1.0) / (1.0 + q))
+            if dlogit_nr is not None:
+                w_r[j] += weight
+                dlogit_nr[i, j] = weight * ((q if y > 0 else 1.0) / (1.0 + q))
         value_n[i], w_n[i] = zeros + ones, (start[i + 1] - start[i]) - odds
 
 
 def score(
-    start: Tensor, col_m: Tensor, logit_nr: Tensor, depth_n: Tensor, factor_r: Tensor, weight: float | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Value (n,), its derivative with respect to the logit (n, r), w (n, r), both times ``weight``, and sums of w (n,).
+    start: Tensor, col_m: Tensor, logit_nr: Tensor, depth_n: Tensor, factor_r: Tensor, weight_n: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Value (n,), and of the weighted sum of values: its derivative with respect to the logit (n, r), w summed over
+    cells (r,) and, without weights, over regions (n,).
 
-    No derivatives without a weight.
+    No derivatives without weights.
     """
     n, n_regions = logit_nr.shape
     value_n, w_n = logit_nr.new_empty(n), logit_nr.new_empty(n)
-    tensors = [start, col_m, logit_nr]
+    inputs = [start, col_m, logit_nr]
     for t in (depth_n, factor_r):
-        tensors += [torch.sigmoid(t), torch.sigmoid(-t), logsigmoid(t)]
-    inputs: list[Any] = [t.detach().contiguous().numpy() for t in [*tensors, value_n, w_n]] + [F(weight or 0)]
-    full = [logit_nr.new_empty(0 if weight is None else n, n_regions) for _ in range(2)]
-
+        inputs += [torch.sigmoid(t), torch.sigmoid(-t), logsigmoid(t)]
+    dlogit_nr = None if weight_n is None else torch.empty_like(logit_nr)
+    tensors = *inputs, value_n, w_n, weight_n, dlogit_nr
+    arrays = [None if t is None else t.detach().contiguous().numpy() for t in tensors]
     kernel = compiled(score_rows)
 
-    def share(first: int, last: int) -> None:  # without gradients, each thread has one row to write to
-        outputs = [logit_nr.new_empty(1, n_regions)] * 2 if weight is None else full
-        kernel(first, last, *inputs, *(t.numpy() for t in outputs))
+    def share(first: int, last: int) -> np.ndarray:
+        w_r = np.zeros(n_regions, F)
+        kernel(first, last, *arrays, w_r)
+        return w_r
 
-    on_threads(share, n, n * n_regions)
-    return value_n, full[0], full[1], w_n
+    return value_n, dlogit_nr, torch.from_numpy(sum(on_threads(share, n, n * n_regions))), w_n

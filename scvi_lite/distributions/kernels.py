@@ -11,7 +11,6 @@ in the user's cache, where that cannot be written).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numba
@@ -20,12 +19,10 @@ import torch
 from numba.extending import intrinsic
 from torch import Tensor
 
-from scvi_lite._compiled import compiled, on_threads
+from scvi_lite._compiled import AT_ONCE, compiled, on_threads
 from scvi_lite.distributions.counts import LOG_THETA_RANGE
 
 F, INT, U = np.float32, np.int32, np.uint64
-# Sums may be taken in any order: the compiler then adds many genes at once.
-ANY_ORDER = {"nnan", "ninf", "nsz", "arcp", "contract", "reassoc"}
 # Up to here lgamma(x + theta) - lgamma(theta) is the logarithm of a product that a double holds.
 MAX_PRODUCT = 16
 LOG_FACTORIAL = np.array([math.lgamma(x + 1.0) for x in range(MAX_PRODUCT + 1)])
@@ -94,7 +91,7 @@ def log_polynomial(f):
     return p * f * f + f
 
 
-@numba.njit(fastmath=ANY_ORDER, error_model="numpy")
+@numba.njit(**AT_ONCE)
 def exp_row(i, logit_ng, top, e_g):
     """exp(logit - top) of a row, and its sum."""
     wide()
@@ -105,11 +102,12 @@ def exp_row(i, logit_ng, top, e_g):
     return total
 
 
-@numba.njit(fastmath=ANY_ORDER, error_model="numpy")
-def zeros_row(i, t, c, weight, e_g, zero_g, theta_tg, dropout_ng, s_g, p_g, dmu_ng, dtheta_ng, ddropout_ng):
+@numba.njit(**AT_ONCE)
+def zeros_row(i, t, o, c, weight, e_g, zero_g, theta_tg, dropout_ng, s_g, p_g, dmu_ng, dtheta_og, ddropout_ng):
     """Log-probability of the zeros of row i, where mu = c e, and the sum of its derivative with respect to log mu.
 
-    Where there is room for them, also its derivatives: that by log mu as it is, the others times ``weight``.
+    Where there is room for them, also its derivatives: that by log mu as it is, the others times ``weight``; those by
+    log theta are added to row o.
     The non-zeros will need s = log(1 + mu / theta) and p = mu / (theta + mu).
     """
     wide()
@@ -139,23 +137,22 @@ def zeros_row(i, t, c, weight, e_g, zero_g, theta_tg, dropout_ng, s_g, p_g, dmu_
             dmu_ng[i, j] = dcost * h
             total += dcost * h
             if theta_tg is not None:
-                dtheta_ng[i, j] = weight * dcost * (cost - h)
+                dtheta_og[o, j] += weight * dcost * (cost - h)
     return value, total
 
 
-@numba.njit(fastmath=ANY_ORDER, error_model="numpy", nogil=True, cache=True)
-def fill_table(log_theta_g, theta_g, table_xg2):
-    """For the counts 1, 2, ... and every gene what depends on nothing else.
+@numba.njit(**AT_ONCE, nogil=True, cache=True)
+def fill_table(first, last, log_theta_g, theta_g, table_xg2):
+    """For the counts 1, 2, ... and the genes first:last what depends on nothing else.
 
     log (theta (theta + 1) ... (theta + x - 1) / x!), and its derivative with respect to log theta.
     """
     wide()
-    n_genes = theta_g.shape[0]
-    for j in range(n_genes):
+    for j in range(first, last):
         table_xg2[0, j, 0], table_xg2[0, j, 1] = log_theta_g[j], F(1)
     for k in range(1, table_xg2.shape[0]):
         log_x = F(math.log(k + 1.0))
-        for j in range(n_genes):
+        for j in range(first, last):
             table_xg2[k, j, 0] = table_xg2[k - 1, j, 0] + log(theta_g[j] + F(k)) - log_x
             table_xg2[k, j, 1] = table_xg2[k - 1, j, 1] + theta_g[j] / (theta_g[j] + F(k))
 
@@ -186,7 +183,7 @@ def look_up(i, t, col_k, x_k, shift, logit_ng, log_theta_tg, theta_tg, table_xg2
     return n_large
 
 
-@numba.njit(fastmath=ANY_ORDER, error_model="numpy")
+@numba.njit(**AT_ONCE)
 def nb_small(x_k, work):
     """From what :func:`look_up` found to the log-probability (row 4) and its derivatives (rows 0 and 1)."""
     wide()
@@ -198,7 +195,7 @@ def nb_small(x_k, work):
         work[1, k] = work[5, k] - theta * s - dmu
 
 
-@numba.njit(fastmath=ANY_ORDER, error_model="numpy")
+@numba.njit(**AT_ONCE)
 def log_sigmoid(weight, y_k, z_k):
     """Replace y by log(1 + exp(y)), and z by -weight times its derivative."""
     wide()
@@ -209,7 +206,7 @@ def log_sigmoid(weight, y_k, z_k):
         z_k[k] = -weight * (F(1) if y > 0 else q) / (F(1) + q)
 
 
-@numba.njit(fastmath=ANY_ORDER, error_model="numpy")
+@numba.njit(**AT_ONCE)
 def summed(x_k):
     """The sum, in double precision."""
     wide()
@@ -221,8 +218,8 @@ def summed(x_k):
 
 @numba.njit(fastmath={"contract"}, error_model="numpy")
 def nonzeros_row(
-    i, t, col_k, x_k, shift, weight, s_g, p_g, logit_ng, log_theta_tg, theta_tg, table_xg2,
-    dropout_ng, dmu_ng, dtheta_ng, ddropout_ng, work, large_k,
+    i, t, o, col_k, x_k, shift, weight, s_g, p_g, logit_ng, log_theta_tg, theta_tg, table_xg2,
+    dropout_ng, dmu_ng, dtheta_og, ddropout_ng, work, large_k,
 ):  # fmt: skip
     """Same as :func:`zeros_row` for the non-zeros of row i, where log mu = logit + shift."""
     n = col_k.shape[0]
@@ -247,7 +244,7 @@ def nonzeros_row(
             dmu_ng[i, U(col_k[k])] = dmu_k[k]
         if theta_tg is not None:
             for k in range(n):
-                dtheta_ng[i, U(col_k[k])] = weight * dtheta_k[k]
+                dtheta_og[o, U(col_k[k])] += weight * dtheta_k[k]
     total = summed(dmu_k)
     if dropout_ng is not None:
         for k in range(n):
@@ -304,7 +301,7 @@ def gamma_rise(x, theta):
     return gammas + math.log(low / top), digammas + dlow / low - dtop / top
 
 
-@numba.njit(fastmath=ANY_ORDER, error_model="numpy")
+@numba.njit(**AT_ONCE)
 def to_logit(i, weight, share, e_g, dmu_ng):
     """From the derivative with respect to log mu to that with respect to the logit, times ``weight``."""
     wide()
@@ -313,12 +310,13 @@ def to_logit(i, weight, share, e_g, dmu_ng):
 
 
 def score_rows(
-    first, last, start, col_m, x_m, logit_ng, top_n, library_n, log_theta_tg, theta_tg, table_xg2, dropout_ng, weight,
-    value_n, dlibrary_n, dlogit_ng, dtheta_ng, ddropout_ng,
+    first, last, start, col_m, x_m, logit_ng, top_n, library_n, log_theta_tg, theta_tg, table_xg2, dropout_ng, weight_n,
+    value_n, dlibrary_n, dlogit_ng, ddropout_ng, dtheta_og,
 ):  # fmt: skip
-    """Fill values, and derivatives times ``weight``, of the rows first:last. What a likelihood has no use for is None.
+    """Fill values, and derivatives times the weight of each row, of the rows first:last.
 
-    There may be several rows of rates for each cell, one draw after the other.
+    What a likelihood has no use for is None. Derivatives with respect to log theta are added up: all in one row, where
+    there is one. There may be several rows of rates for each cell, one draw after the other.
     """
     n_genes, n_cells = logit_ng.shape[1], start.shape[0] - 1
     e_g, zero_g, s_g, p_g = np.empty(n_genes, F), np.ones(n_genes, F), np.empty(n_genes, F), np.empty(n_genes, F)
@@ -327,17 +325,19 @@ def score_rows(
         lo, hi = start[i % n_cells], start[i % n_cells + 1]
         col_k, x_k = col_m[lo:hi], x_m[lo:hi]
         t = 0 if theta_tg is None else i % theta_tg.shape[0]
+        o = 0 if dtheta_og is None else i % dtheta_og.shape[0]
+        weight = F(0) if weight_n is None else weight_n[i]
         total = exp_row(i, logit_ng, top_n[i], e_g)
         shift = 0.0 if library_n is None else library_n[i] - math.log(total)
         c = F(math.exp(shift))
         for k in range(hi - lo):
             zero_g[U(col_k[k])] = F(0)
         zeros, dzeros = zeros_row(
-            i, t, c, weight, e_g, zero_g, theta_tg, dropout_ng, s_g, p_g, dlogit_ng, dtheta_ng, ddropout_ng
+            i, t, o, c, weight, e_g, zero_g, theta_tg, dropout_ng, s_g, p_g, dlogit_ng, dtheta_og, ddropout_ng
         )
         others, dothers = nonzeros_row(
-            i, t, col_k, x_k, shift - top_n[i], weight, s_g, p_g, logit_ng, log_theta_tg, theta_tg, table_xg2,
-            dropout_ng, dlogit_ng, dtheta_ng, ddropout_ng, work, large_k,
+            i, t, o, col_k, x_k, shift - top_n[i], weight, s_g, p_g, logit_ng, log_theta_tg, theta_tg, table_xg2,
+            dropout_ng, dlogit_ng, dtheta_og, ddropout_ng, work, large_k,
         )  # fmt: skip
         value_n[i] = zeros + others
         for k in range(hi - lo):
@@ -353,7 +353,8 @@ def _table(log_theta: Tensor | None, theta: Tensor | None, n_nonzeros: int) -> T
     if log_theta is None or theta is None or log_theta.shape[0] > 1 or n_nonzeros < log_theta.shape[1]:
         return None
     table_xg2 = log_theta.new_empty(MAX_PRODUCT, log_theta.shape[1], 2)
-    fill_table(*(t.detach().numpy() for t in (log_theta[0], theta[0], table_xg2)))
+    arrays = [t.detach().numpy() for t in (log_theta[0], theta[0], table_xg2)]
+    on_threads(lambda first, last: fill_table(first, last, *arrays), log_theta.shape[1], table_xg2.numel())
     return table_xg2
 
 
@@ -365,28 +366,36 @@ def score(
     library_n: Tensor | None,
     log_theta: Tensor | None,
     dropout_ng: Tensor | None,
-    weight: float | None,
+    weight_n: Tensor | None,
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """Value (n,), and its derivatives with respect to logit, library, log theta (n, g) and dropout, times ``weight``.
+    """Value (n,), and the derivatives of the weighted sum of values with respect to logit, library, log theta, dropout.
 
-    No derivatives without a weight. There may be several rows of rates for each cell, one draw after the other.
+    No derivatives without weights. There may be several rows of rates for each cell, one draw after the other.
     """
     n, g = logit_ng.shape
     top_n = logit_ng.new_zeros(n) if library_n is None else logit_ng.amax(1)
     log_theta_tg = None if log_theta is None else log_theta.reshape(-1, g).clamp(*LOG_THETA_RANGE)
     theta_tg = None if log_theta_tg is None else log_theta_tg.exp()
     table_xg2 = _table(log_theta_tg, theta_tg, x_m.shape[0])
-    inputs = [start, col_m, x_m, logit_ng, top_n, library_n, log_theta_tg, theta_tg, table_xg2, dropout_ng]
-    value_n, dlibrary_n = torch.empty_like(top_n), None
-    full: list[Tensor | None] = [None, None, None]
-    if weight is not None:
-        dlibrary_n = torch.empty_like(top_n)
-        full = [None if t is None else logit_ng.new_empty(n, g) for t in (logit_ng, log_theta, dropout_ng)]
-
-    def arrays(tensors: Sequence[Tensor | None]) -> list[np.ndarray | None]:
-        return [None if t is None else t.detach().contiguous().numpy() for t in tensors]
-
-    arguments = [*arrays(inputs), F(weight or 0.0), *arrays([value_n, dlibrary_n, *full])]
+    inputs = [start, col_m, x_m, logit_ng, top_n, library_n, log_theta_tg, theta_tg, table_xg2, dropout_ng, weight_n]
+    value_n = torch.empty_like(top_n)
+    dlibrary_n = dlogit_ng = ddropout_ng = dtheta = None
+    if weight_n is not None:
+        dlibrary_n, dlogit_ng = torch.empty_like(top_n), logit_ng.new_empty(n, g)
+        ddropout_ng = None if dropout_ng is None else logit_ng.new_empty(n, g)
+        dtheta = None if log_theta is None else log_theta.new_zeros(log_theta.shape)
+    outputs = value_n, dlibrary_n, dlogit_ng, ddropout_ng
+    arrays = [None if t is None else t.detach().contiguous().numpy() for t in (*inputs, *outputs)]
     kernel = compiled(score_rows)
-    on_threads(lambda first, last: kernel(first, last, *arguments), n, n * g)
-    return value_n, (full[0], None if library_n is None else dlibrary_n, full[1], full[2])
+
+    def share(first: int, last: int) -> np.ndarray | None:  # what all rows are added to, each thread has of its own
+        own_og = None
+        if dtheta is not None:
+            own_og = np.zeros((1, g), F) if dtheta.ndim == 1 else dtheta.numpy()
+        kernel(first, last, *arrays, own_og)
+        return own_og
+
+    shares = on_threads(share, n, n * g)
+    if dtheta is not None and dtheta.ndim == 1:
+        dtheta = torch.from_numpy(sum(shares)[0])
+    return value_n, (dlogit_ng, None if library_n is None else dlibrary_n, dtheta, ddropout_ng)

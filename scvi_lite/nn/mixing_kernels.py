@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scvi_lite._compiled import compiled, on_threads
-from scvi_lite.distributions.kernels import ANY_ORDER, exp
+from scvi_lite._compiled import AT_ONCE, compiled, on_threads
+from scvi_lite.distributions.kernels import exp
 
 F, INT = np.float32, np.int32
 
@@ -19,7 +19,7 @@ def as_ordered(bits):
     return INT(bits ^ ((bits >> INT(31)) & INT(0x7FFFFFFF)))
 
 
-@numba.njit(fastmath=ANY_ORDER, error_model="numpy")
+@numba.njit(**AT_ONCE)
 def add_and_top(x_g, bias_g):
     """Add the bias in place, and give the greatest."""
     top = INT(-(2**31))
@@ -30,7 +30,7 @@ def add_and_top(x_g, bias_g):
     return INT(as_ordered(top)).view(F)
 
 
-@numba.njit(fastmath=ANY_ORDER, error_model="numpy")
+@numba.njit(**AT_ONCE)
 def exp_below(x_g, top):
     """exp(x - top) in place, and its sum."""
     total = F(0)
@@ -40,7 +40,7 @@ def exp_below(x_g, top):
     return total
 
 
-@numba.njit(fastmath=ANY_ORDER, error_model="numpy")
+@numba.njit(**AT_ONCE)
 def scale_and_add(x_g, scale, share, mean_g):
     """Scale in place, and add the share of the result to the mean."""
     for j in range(x_g.shape[0]):
@@ -48,7 +48,7 @@ def scale_and_add(x_g, scale, share, mean_g):
         mean_g[j] += share * x_g[j]
 
 
-@numba.njit(fastmath=ANY_ORDER, error_model="numpy")
+@numba.njit(**AT_ONCE)
 def dot(x_g, y_g):
     """Sum of the products."""
     total = F(0)
@@ -57,7 +57,7 @@ def dot(x_g, y_g):
     return total
 
 
-@numba.njit(fastmath=ANY_ORDER, error_model="numpy")
+@numba.njit(**AT_ONCE)
 def to_gradient(x_g, grad_g, mean, share, dbias_g):
     """From a softmax to the gradient with respect to its logits, in place; added to that of the bias."""
     for j in range(x_g.shape[0]):
