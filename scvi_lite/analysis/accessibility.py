@@ -95,7 +95,7 @@ def get_normalized_accessibility(
     Returns
     -------
     pandas.DataFrame, numpy.ndarray or scipy.sparse.csr_matrix
-        (n, r) float32, probabilities.
+        (n, r) float32, probabilities; of a model without regions (n, 0), and a warning.
 
     Raises
     ------
@@ -125,9 +125,11 @@ def get_normalized_accessibility(
         whole_number(n_samples_overall=n_samples_overall)
         rows = draw(rows, n_samples_overall)
     model._warn_if_untrained()
-    parts = _probabilities(
-        model, adata, rows, codes, regions, use_z_mean, normalize_cells, normalize_regions, batch_size
-    )
+    parts = iter([(slice(0, len(rows)), torch.empty(len(rows), 0))])
+    if names:
+        parts = _probabilities(
+            model, adata, rows, codes, regions, use_z_mean, normalize_cells, normalize_regions, batch_size
+        )
     if threshold is None:
         value = np.empty((len(rows), len(names) if regions is None else len(regions)), dtype=np.float32)
         for cells, p_nr in parts:
@@ -224,11 +226,11 @@ def get_region_factors(model: Model) -> np.ndarray:
         If the model was made with ``region_factors=False``.
     """
     model._warn_if_untrained()
-    return _region_factors(model).cpu().numpy()
+    return _region_factors(model).cpu().numpy() if model._region_names else np.empty(0, dtype=np.float32)
 
 
 def _region_factors(model: Model) -> Tensor:
-    factor_r = model.module.factor_r if model._region_names else None
+    factor_r = model.module.factor_r
     if factor_r is None:
         raise StateError("The model was made with region_factors=False, and has none.")
     return factor_r.detach().sigmoid()

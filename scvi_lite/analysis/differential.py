@@ -19,7 +19,7 @@ from scvi_lite.analysis.groups import Comparison, count_statistics, find_compari
 from scvi_lite.analysis.importance import OPTIONS, draw_latent
 from scvi_lite.analysis.inputs import needs_counts, whole_number
 from scvi_lite.analysis.latent import posterior_parameters
-from scvi_lite.errors import as_options, check_options, unknown
+from scvi_lite.errors import StateError, as_options, check_options, unknown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -260,6 +260,8 @@ def compare(
     import pandas as pd
     from tqdm.auto import tqdm
 
+    if not names:
+        raise StateError("The model has no features of the kind that was asked for, so there is nothing to compare.")
     counted = not model.registry.fields["x"].get("minified")
     statistics = feature_statistics(model, adata, comparisons, fields) if counted else []
     frames = []

@@ -134,6 +134,7 @@ def get_normalized_expression(
     -------
     pandas.DataFrame or numpy.ndarray
         float32: (n, g); (s, n, g) with several samples that are not averaged. Each cell's genes add up to 1.
+        Of a model without RNA (n, 0), and a warning.
 
     Raises
     ------
@@ -182,7 +183,7 @@ def _decoded(
     value = np.empty((n_samples, *shape) if several and not return_mean else shape, dtype=np.float32)
     out = torch.from_numpy(value)
     size = minibatch_size(batch_size, n_samples * model.module.config.n_genes)
-    for cells, batch in minibatches(model, adata, rows, size, silent):
+    for cells, batch in minibatches(model, adata, rows, size, silent) if names else ():
         q = model.module.encode(batch)
         z = q.z_loc_nk if use_z_mean else q.sample_z(n_samples if several else None)
         mean = mean_over(codes, lambda code: value_of(batch if code is None else batch.with_batch(code), z))  # noqa: B023

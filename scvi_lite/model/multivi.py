@@ -19,7 +19,7 @@ from scvi_lite.data.modalities import part_of, read_modalities
 from scvi_lite.data.multiome import GENES, genes_of
 from scvi_lite.data.proteins import Proteins
 from scvi_lite.data.registry import Registry
-from scvi_lite.errors import StateError, as_options, listing, warn, without_absent
+from scvi_lite.errors import as_options, listing, warn, without_absent
 from scvi_lite.model import query
 from scvi_lite.model.base import ABSENT, Model, arguments_of
 from scvi_lite.nn.accessibility import default_sizes
@@ -194,11 +194,11 @@ class MULTIVI(Model):
 
     @property
     def _gene_names(self) -> list[str]:
-        return self._features("x") or self._refuse("genes", "no RNA", "rna_layer")
+        return self._features("x") or self._none_of("genes", "no RNA", "rna_layer")
 
     @property
     def _region_names(self) -> list[str]:
-        return self._features("peaks") or self._refuse("regions", "no chromatin", "atac_layer")
+        return self._features("peaks") or self._none_of("regions", "no chromatin", "atac_layer")
 
     def _features(self, field: str) -> list[str]:
         names, state = self._var_names, self.registry.fields[field]
@@ -206,12 +206,13 @@ class MULTIVI(Model):
             names = names[state["modality"]]
         return names[slice(*state["columns"])] if "columns" in state else names
 
-    def _refuse(self, features: str, without: str, argument: str) -> list[str]:
-        raise StateError(
+    def _none_of(self, features: str, without: str, argument: str) -> list[str]:
+        warn(
             f"This model has no {features}: it was made with {without}. Where there are such data, make a new model: "
             f"name them in its setup, MULTIVI.setup_mudata(mdata, modalities={{{argument!r}: ..., ...}}), or give "
             "MULTIVI(adata, n_genes=..., n_regions=...) of an AnnData."
         )
+        return []
 
     def train(  # the order of arguments is that of scvi-tools
         self,
