@@ -7,7 +7,6 @@ from typing import NoReturn
 
 from scvi_lite.errors import nearest
 
-READERS = "files are read by scanpy and anndata: scanpy.read_10x_h5, scanpy.read_text, anndata.io.read_loom, ..."
 DATA_SETS = "data sets are not downloaded here; scvi_lite.data.pbmc68k_reduced() and simulate() need no download"
 PLAIN_SETUP = "the setup is plain data: model.registry['setup_args'], model.registry.read(adata, 'x')"
 NO_MANAGER = "nothing is kept outside the model and adata.uns['scvi_lite']"
@@ -40,9 +39,6 @@ INSTEAD: dict[str, dict[str, str]] = {
         **dict.fromkeys(("AnnDataManager", "AnnDataManagerValidationCheck", "AnnTorchDataset", "fields"), PLAIN_SETUP),
         "add_dna_sequence": "no model here reads sequences",
         "annotation_simulation": DATA_SETS,
-        "organize_cite_seq_10x": "setup_anndata() of TOTALVI reads proteins from adata.obsm: write their counts there",
-        "reads_to_fragments": "a fragment has two ends: (adata.X / 2).ceil(), or np.ceil(adata.X / 2) if it is dense",
-        **dict.fromkeys(("read_10x_atac", "read_10x_multiome", "read_csv", "read_loom", "read_text"), READERS),
         **dict.fromkeys(
             (
                 "brainlarge_dataset", "breast_cancer_dataset", "cellxgene", "cortex", "dataset_10x",

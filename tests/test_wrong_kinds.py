@@ -215,8 +215,6 @@ def test_plan_options_of_metrics_say_that_they_have_no_effect():
     [
         ("", "criticism", "posterior_predictive_sample"),
         ("data", "AnnDataManager", "model.registry"),
-        ("data", "read_loom", "anndata"),
-        ("data", "reads_to_fragments", "np.ceil"),
         ("model", "get_max_epochs_heuristic", "20000"),
         ("settings", "reset_logging_handler", "logging.getLogger"),
         ("train", "ScibCallback", "scib-metrics"),
