@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -111,7 +112,7 @@ def get_marginal_ll(
     batch_size: int | None = None,
     return_mean: bool = True,
     n_mc_samples_per_pass: int | None = None,
-) -> Tensor:
+) -> np.float64 | Tensor:
     """Log-likelihood of each cell with the latent variables integrated out, in nats: higher is better.
 
     log 1/s Σ_s p(x, z_s, l_s) / q(z_s, l_s | x), with s draws from the posterior; a lower bound in expectation, which
@@ -128,8 +129,8 @@ def get_marginal_ll(
 
     Returns
     -------
-    torch.Tensor
-        A scalar, or (n,). On the CPU.
+    numpy.float64 or torch.Tensor
+        A number, or (n,) on the CPU.
 
     Raises
     ------
@@ -147,7 +148,8 @@ def get_marginal_ll(
         log_evidence(model, batch, n_mc_samples, n_mc_samples_per_pass)
         for batch in model._minibatches(adata, indices, batch_size)
     ]
-    return _join(evidence, return_mean)
+    value = _join(evidence, return_mean)
+    return np.float64(value) if return_mean else value
 
 
 def log_evidence(model: Model, batch: Batch, n_samples: int, n_samples_per_pass: int | None = None) -> Tensor:
