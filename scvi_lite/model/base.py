@@ -6,6 +6,7 @@ import logging
 import sys
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from inspect import isfunction, signature
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -24,7 +25,7 @@ from scvi_lite.data.fields import Columns, Field
 from scvi_lite.data.genes import match_genes
 from scvi_lite.data.modalities import is_mudata
 from scvi_lite.data.registry import Registry
-from scvi_lite.errors import StateError, warn, without_absent
+from scvi_lite.errors import StateError, as_options, warn, without_absent
 from scvi_lite.model import files, setup
 from scvi_lite.nn.module import Module
 from scvi_lite.train.plan import Plan
@@ -112,9 +113,9 @@ class Model(metaclass=SaysInstead):
         """The untrained module; ``arguments`` are those of the constructor. Refuses unknown ones."""
 
     @classmethod
-    def _register(cls, adata: AnnData, fields: Sequence[Field], setup_args: dict[str, Any]) -> None:
-        lists = {f.argument: f.keys for f in fields if isinstance(f, Columns) and f.argument in setup_args}
-        registries.register(adata, cls.__name__, fields, setup_args | lists)
+    def _register(cls, adata: AnnData, read: Sequence[Field], setup_args: dict[str, Any]) -> None:
+        lists = {f.argument: f.keys for f in read if isinstance(f, Columns) and f.argument in setup_args}
+        registries.register(adata, cls.__name__, read, setup_args | lists)
 
     # Data -------------------------------------------------------------------------------------------------------------
 
@@ -255,37 +256,30 @@ class Model(metaclass=SaysInstead):
         TrainingDivergedError
             If the loss becomes NaN or infinite.
         """
-        self._fit(
-            max_epochs=max_epochs,
-            accelerator=accelerator,
-            devices=devices,
-            train_size=train_size,
-            validation_size=validation_size,
-            shuffle_set_split=shuffle_set_split,
-            batch_size=batch_size,
-            early_stopping=early_stopping,
-            datasplitter_kwargs=datasplitter_kwargs,
-            plan_kwargs=plan_kwargs,
-            strategy=strategy,
-            preset=preset,
-            **trainer_kwargs,
-        )
+        self._fit(arguments_of(locals()), trainer_kwargs)
 
-    def _fit(self, **arguments: Any) -> None:
-        """Train; arguments of :func:`~scvi_lite.model.training.fit_model`."""
+    def _fit(self, given: dict[str, Any], trainer_kwargs: Mapping[str, Any]) -> None:
+        """Train; ``given`` are arguments of :func:`~scvi_lite.model.training.fit_model`, and options of the plan.
+
+        These count where ``plan_kwargs`` does not have them.
+        """
         if not any(parameter.requires_grad for parameter in self.module.parameters()):
             warn(
                 "Nothing was trained: all weights of this model are frozen, and the query has no batch or category "
                 "that is new. Use it as it is, or make it with load_query_data(..., unfrozen=True)."
             )
             return
-        if "lightning.pytorch" not in sys.modules and arguments.get("enable_progress_bar", True):
+        if "lightning.pytorch" not in sys.modules and trainer_kwargs.get("enable_progress_bar", True):
             logger.info("Loading Lightning, once in a session ...")  # it takes seconds, before there is a bar
         from scvi_lite.model.training import fit_model
         from scvi_lite.train.configs import with_configs
 
+        in_plan = {field.name: given.pop(field.name) for field in fields(self.plan) if field.name in given}
         defaults = {name: parameter.default for name, parameter in signature(self.train).parameters.items()}
-        fit_model(self, **with_configs(arguments, defaults))
+        options = with_configs({**given, **trainer_kwargs}, defaults)
+        if in_plan:
+            options["plan_kwargs"] = in_plan | as_options("plan_kwargs", options["plan_kwargs"])
+        fit_model(self, **options)
 
     def _check_can_train(self) -> None:
         """Refuse what cannot be trained; models add to it."""

@@ -19,7 +19,7 @@ from scvi_lite.analysis.inputs import draw
 from scvi_lite.data.disk import LazyStore
 from scvi_lite.data.fields import Matrix, columns_of_obs
 from scvi_lite.data.labels import Labels
-from scvi_lite.errors import as_options, listing, warn
+from scvi_lite.errors import listing, warn
 from scvi_lite.model.base import Model, arguments_of
 from scvi_lite.nn.conditional import CondConfig, CondSCVIModule
 from scvi_lite.nn.configure import configure
@@ -182,18 +182,7 @@ class CondSCVI(Model):
         TypeError, ValueError
             If an option does not exist, or a value is out of range.
         """
-        self._fit(
-            max_epochs=max_epochs,
-            accelerator=accelerator,
-            devices=devices,
-            train_size=train_size,
-            validation_size=validation_size,
-            shuffle_set_split=shuffle_set_split,
-            batch_size=batch_size,
-            datasplitter_kwargs=datasplitter_kwargs,
-            plan_kwargs={"lr": lr} | as_options("plan_kwargs", plan_kwargs),
-            **trainer_kwargs,
-        )
+        self._fit(arguments_of(locals()), trainer_kwargs)
 
     # Setup ------------------------------------------------------------------------------------------------------------
 

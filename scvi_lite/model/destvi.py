@@ -14,7 +14,7 @@ from scvi_lite.analysis import spots
 from scvi_lite.data.fields import Matrix, columns_of_obs
 from scvi_lite.data.genes import match_genes
 from scvi_lite.data.registry import find, setups_of
-from scvi_lite.errors import as_options, check_options, listing, without_absent, without_needless
+from scvi_lite.errors import check_options, listing, without_absent, without_needless
 from scvi_lite.model.base import Model, arguments_of
 from scvi_lite.model.reference import Reference, check_reference
 from scvi_lite.nn.deconvolution import SpotConfig, SpotModule
@@ -257,25 +257,14 @@ class DestVI(Model):
             If an option does not exist, a value is out of range, or spots are held out that have parameters of their
             own.
         """
-        amortization = self.module.config.amortization
+        given, amortization = arguments_of(locals()), self.module.config.amortization
         if amortization != "both" and (train_size != 1 or trainer_kwargs.get("early_stopping")):
             raise ValueError(
                 f"train_size={train_size!r}: this DestVI (amortization={amortization!r}) keeps parameters of each "
                 "spot, and those of spots that are held out would stay random. Train on all, with train_size=1 and "
                 "without early_stopping, or make the model with amortization='both'."
             )
-        self._fit(
-            max_epochs=max_epochs,
-            accelerator=accelerator,
-            devices=devices,
-            train_size=train_size,
-            validation_size=validation_size,
-            shuffle_set_split=shuffle_set_split,
-            batch_size=batch_size,
-            datasplitter_kwargs=datasplitter_kwargs,
-            plan_kwargs={"lr": lr, "n_epochs_kl_warmup": n_epochs_kl_warmup} | as_options("plan_kwargs", plan_kwargs),
-            **trainer_kwargs,
-        )
+        self._fit(given, trainer_kwargs)
 
     def _check(self, adata: AnnData | None) -> AnnData:
         """Spots that fit the model; where it keeps parameters of each spot, only its own spots do."""

@@ -19,7 +19,7 @@ from scvi_lite.data.modalities import part_of, read_modalities
 from scvi_lite.data.multiome import GENES, genes_of
 from scvi_lite.data.proteins import Proteins
 from scvi_lite.data.registry import Registry
-from scvi_lite.errors import as_options, listing, warn, without_absent
+from scvi_lite.errors import listing, warn, without_absent
 from scvi_lite.model import query
 from scvi_lite.model.base import ABSENT, Model, arguments_of
 from scvi_lite.nn.accessibility import default_sizes
@@ -256,31 +256,10 @@ class MULTIVI(Model):
         **trainer_kwargs
             Every other option of ``lightning.Trainer``, and those of every model.
         """
-        named = dict(
-            lr=lr,
-            weight_decay=weight_decay,
-            eps=eps,
-            n_steps_kl_warmup=n_steps_kl_warmup,
-            n_epochs_kl_warmup=n_epochs_kl_warmup,
-        )
-        n_batches = self.registry.n_batches
-        mixes = adversarial_mixing and n_batches > 1
-        self._fit(
-            max_epochs=max_epochs,
-            accelerator=accelerator,
-            devices=devices,
-            train_size=train_size,
-            validation_size=validation_size,
-            shuffle_set_split=shuffle_set_split,
-            batch_size=batch_size,
-            early_stopping=early_stopping,
-            early_stopping_patience=early_stopping_patience,
-            datasplitter_kwargs=datasplitter_kwargs,
-            plan_kwargs=named | as_options("plan_kwargs", plan_kwargs),
-            strategy=strategy,
-            adversary=Adversary(self.module.config.n_latent, n_batches) if mixes else None,
-            **trainer_kwargs,
-        )
+        given, n_batches = arguments_of(locals()), self.registry.n_batches
+        if given.pop("adversarial_mixing") and n_batches > 1:
+            given["adversary"] = Adversary(self.module.config.n_latent, n_batches)
+        self._fit(given, trainer_kwargs)
 
     def differential_expression(
         self,

@@ -264,32 +264,12 @@ class PEAKVI(Model):
         **trainer_kwargs
             Every other option of ``lightning.Trainer``, and those of every model.
         """
-        named = dict(
-            lr=lr,
-            weight_decay=weight_decay,
-            eps=eps,
-            n_steps_kl_warmup=n_steps_kl_warmup,
-            n_epochs_kl_warmup=n_epochs_kl_warmup,
-        ) | as_options("plan_kwargs", plan_kwargs)
-        of_bound = named.get("kl_scale", self.plan.kl_scale) == "cell"
+        given, options = arguments_of(locals()), as_options("plan_kwargs", plan_kwargs)
+        of_bound = options.get("kl_scale", self.plan.kl_scale) == "cell"
         trainer_kwargs.setdefault(
             "early_stopping_monitor", "elbo_validation" if of_bound else "reconstruction_loss_validation"
         )
-        self._fit(
-            max_epochs=max_epochs,
-            accelerator=accelerator,
-            devices=devices,
-            train_size=train_size,
-            validation_size=validation_size,
-            shuffle_set_split=shuffle_set_split,
-            batch_size=batch_size,
-            early_stopping=early_stopping,
-            early_stopping_patience=early_stopping_patience,
-            datasplitter_kwargs=datasplitter_kwargs,
-            plan_kwargs=named,
-            strategy=strategy,
-            **trainer_kwargs,
-        )
+        self._fit(given, trainer_kwargs)
 
     @classmethod
     def setup_anndata(

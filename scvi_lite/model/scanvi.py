@@ -312,31 +312,17 @@ class SCANVI(Model):
         TrainingDivergedError
             If the loss becomes NaN or infinite.
         """
+        given = arguments_of(locals())
         if max_epochs is None and self._is_pretrained:
-            max_epochs = min(10, max(2, round(heuristic_epochs(self.adata.n_obs) / 3)))
+            given["max_epochs"] = min(10, max(2, round(heuristic_epochs(self.adata.n_obs) / 3)))
         if adversarial_classifier not in (True, False, None):
             raise ValueError(f"adversarial_classifier={adversarial_classifier!r}: True or False is needed.")
-        adversary = None
-        if adversarial_classifier:
+        if given.pop("adversarial_classifier"):
             if self.registry.n_batches < 2:
                 raise ValueError("adversarial_classifier=True: there is one batch, and nothing to tell apart.")
-            adversary = Adversary(self.module.config.n_latent, self.registry.n_batches)
-        self._fit(
-            max_epochs=max_epochs,
-            accelerator=accelerator,
-            devices=devices,
-            train_size=train_size,
-            validation_size=validation_size,
-            shuffle_set_split=shuffle_set_split,
-            batch_size=batch_size,
-            datasplitter_kwargs=datasplitter_kwargs,
-            plan_kwargs=plan_kwargs,
-            adversary=adversary,
-            supervision=self._supervision(n_samples_per_label),
-            check_val_every_n_epoch=check_val_every_n_epoch,
-            preset=preset,
-            **trainer_kwargs,
-        )
+            given["adversary"] = Adversary(self.module.config.n_latent, self.registry.n_batches)
+        given["supervision"] = self._supervision(given.pop("n_samples_per_label"))
+        self._fit(given, trainer_kwargs)
 
     def _supervision(self, n_per_label: int | None) -> Supervision | None:
         """How labelled cells enter a training; on a query that need not teach the classifier, they come as they are."""

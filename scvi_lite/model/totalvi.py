@@ -232,30 +232,15 @@ class TOTALVI(Model):
         **trainer_kwargs
             Every other option of ``lightning.Trainer``, and those of every model.
         """
-        plan: dict[str, Any] = dict(lr=lr, reduce_lr_on_plateau=reduce_lr_on_plateau)
-        plan |= dict(n_steps_kl_warmup=n_steps_kl_warmup, n_epochs_kl_warmup=n_epochs_kl_warmup)
-        plan |= as_options("plan_kwargs", plan_kwargs)
-        if plan["n_steps_kl_warmup"] is None and plan["n_epochs_kl_warmup"] is None:
-            plan["n_steps_kl_warmup"] = max(1, int(0.75 * self.adata.n_obs))
-        if check_val_every_n_epoch is not None:
-            trainer_kwargs["check_val_every_n_epoch"] = check_val_every_n_epoch
-        if external_indexing is not None:
-            datasplitter_kwargs = {**(datasplitter_kwargs or {}), "external_indexing": external_indexing}
-        self._fit(
-            max_epochs=max_epochs,
-            accelerator=accelerator,
-            devices=devices,
-            train_size=train_size,
-            validation_size=validation_size,
-            shuffle_set_split=shuffle_set_split,
-            batch_size=batch_size,
-            early_stopping=early_stopping,
-            datasplitter_kwargs=datasplitter_kwargs,
-            plan_kwargs=plan,
-            strategy=strategy,
-            adversary=self._adversary(adversarial_classifier),
-            **trainer_kwargs,
-        )
+        given, options = arguments_of(locals()), as_options("plan_kwargs", plan_kwargs)
+        if all((given | options)[name] is None for name in ("n_steps_kl_warmup", "n_epochs_kl_warmup")):
+            options["n_steps_kl_warmup"] = max(1, int(0.75 * self.adata.n_obs))
+        if check_val_every_n_epoch is None:
+            del given["check_val_every_n_epoch"]
+        if (rows := given.pop("external_indexing")) is not None:
+            given["datasplitter_kwargs"] = {**(datasplitter_kwargs or {}), "external_indexing": rows}
+        given |= {"plan_kwargs": options, "adversary": self._adversary(given.pop("adversarial_classifier"))}
+        self._fit(given, trainer_kwargs)
 
     def _adversary(self, wanted: bool | None) -> Adversary | None:
         config = self.module.config

@@ -91,17 +91,7 @@ def fit_model(
     earlier = {name: frame.iloc[:, 0].to_dict() for name, frame in model._history.items()}
     task = Task(model.module.train(), plan, earlier, adversary)
     task.monitor_lr |= stopping.learning_rate_monitor
-    data = CellDataModule(
-        load_for_training(model.adata, model.registry),
-        start.split,
-        batch_size,
-        start.seed,
-        splitting.get("drop_last", False),
-        splitting.get("shuffle_over", "shard"),
-        source=(str(model.adata.filename), model.registry) if model.adata.isbacked else None,
-        supervision=supervision,
-    )
-    data.skip_steps = start.skip_steps
+    data = _minibatches(model, start, batch_size, splitting, supervision)
     try:
         model.trainer, interrupted = fit(task, data, stopping, options, n_workers)
     except TrainingDivergedError:
@@ -177,6 +167,24 @@ def _start(
             "larger train_size."
         )
     return Start(split, seed)
+
+
+def _minibatches(
+    model: Model, start: Start, batch_size: int, splitting: Mapping[str, Any], supervision: Supervision | None
+) -> CellDataModule:
+    """The cells that a training reads, from where it begins."""
+    data = CellDataModule(
+        load_for_training(model.adata, model.registry),
+        start.split,
+        batch_size,
+        start.seed,
+        splitting.get("drop_last", False),
+        splitting.get("shuffle_over", "shard"),
+        source=(str(model.adata.filename), model.registry) if model.adata.isbacked else None,
+        supervision=supervision,
+    )
+    data.skip_steps = start.skip_steps
+    return data
 
 
 def _adopt(model: Model, task: Task, data: CellDataModule) -> None:
