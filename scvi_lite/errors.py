@@ -186,6 +186,16 @@ def check_number(least: float = 0, **numbers: Any) -> None:
             raise ValueError(f"{name}={value!r}: a number of at least {least}, or None, is needed.")
 
 
+def check_not_negative(**numbers: Any) -> None:
+    """Refuse what is not a number of zero or more.
+
+    >>> check_not_negative(lr=1e-3)
+    """
+    for name, value in numbers.items():
+        if not (isinstance(value, Real) and float(value) >= 0):
+            raise ValueError(f"{name}={value!r}: a number of zero or more is needed.")
+
+
 def warn(message: str) -> None:
     """Warn, pointing to the user's line: the first outside this package."""
     package = str(Path(__file__).parent) + os.sep

@@ -6,7 +6,6 @@ Proteins are given without the background of the antibodies, unless it is asked 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from numbers import Real
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -21,6 +20,7 @@ from scvi_lite.analysis.expression import (
     minibatches,
 )
 from scvi_lite.analysis.inputs import draw, gene_positions, minibatch_size, positions_of, whole_number
+from scvi_lite.errors import check_not_negative
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -227,8 +227,7 @@ def differential_expression(
     pandas.DataFrame
         One row a gene or protein and comparison, with the columns of every model.
     """
-    if not (isinstance(protein_prior_count, Real) and protein_prior_count >= 0):
-        raise ValueError(f"protein_prior_count={protein_prior_count!r}: a number of zero or more is needed.")
+    check_not_negative(protein_prior_count=protein_prior_count)
 
     def value_of(model: Model, z: Tensor, library: Tensor | None, batch: Batch, code: int | None, genes: Any) -> Tensor:
         rates = model.module.decode_proteins(z, batch if code is None else batch.with_batch(code))

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from scvi_lite.analysis.inputs import draw
 from scvi_lite.data.disk import LazyStore
 from scvi_lite.data.fields import Matrix, columns_of_obs
 from scvi_lite.data.labels import Labels
-from scvi_lite.errors import listing, warn
+from scvi_lite.errors import check_not_negative, listing, warn
 from scvi_lite.model.base import Model, arguments_of
 from scvi_lite.nn.conditional import CondConfig, CondSCVIModule
 from scvi_lite.nn.configure import configure
@@ -45,15 +44,11 @@ class CondPlan(Plan):
 
     classification_ratio: float = 5.0
 
+    of_loss: ClassVar[tuple[str, ...]] = ("classification_ratio",)
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (isinstance(self.classification_ratio, Real) and self.classification_ratio >= 0):
-            raise ValueError(f"classification_ratio={self.classification_ratio!r}: a number of zero or more is needed.")
-
-    @property
-    def loss_options(self) -> dict[str, Any]:
-        """The weight of the cross-entropy."""
-        return {"classification_ratio": self.classification_ratio}
+        check_not_negative(**self.loss_options)
 
 
 class CondSCVI(Model):

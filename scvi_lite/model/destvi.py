@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from numbers import Real
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from scvi_lite.analysis import spots
 from scvi_lite.data.fields import Matrix, columns_of_obs
 from scvi_lite.data.genes import match_genes
 from scvi_lite.data.registry import find, setups_of
-from scvi_lite.errors import check_options, listing, without_absent, without_needless
+from scvi_lite.errors import check_not_negative, check_options, listing, without_absent, without_needless
 from scvi_lite.model.base import Model, arguments_of
 from scvi_lite.model.reference import Reference, check_reference
 from scvi_lite.nn.deconvolution import SpotConfig, SpotModule
@@ -37,15 +36,6 @@ NETWORK_OPTIONS = (
 )
 ABSENT = {"dropout_decoder": "the decoder of the reference is held, without dropout"}
 NEEDLESS = {"eps_v": "the loss does not depend on it, nor does that of scvi-tools"}
-WEIGHTS = (
-    "ct_sparsity_weight",
-    "weighting_augmentation",
-    "weighting_smoothing",
-    "eta_reg",
-    "beta_reg",
-    "weighting_kl_latent",
-    "reconst_weight",
-)
 
 
 @dataclass(frozen=True)
@@ -80,16 +70,19 @@ class DestVIPlan(Plan):
     weighting_kl_latent: float = 0.001
     reconst_weight: float = 3.0
 
+    of_loss: ClassVar[tuple[str, ...]] = (
+        "ct_sparsity_weight",
+        "weighting_augmentation",
+        "weighting_smoothing",
+        "eta_reg",
+        "beta_reg",
+        "weighting_kl_latent",
+        "reconst_weight",
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in WEIGHTS:
-            if not (isinstance(getattr(self, name), Real) and getattr(self, name) >= 0):
-                raise ValueError(f"{name}={getattr(self, name)!r}: a number of zero or more is needed.")
-
-    @property
-    def loss_options(self) -> dict[str, Any]:
-        """The weights of the terms of the loss."""
-        return {name: getattr(self, name) for name in WEIGHTS}
+        check_not_negative(**self.loss_options)
 
 
 class DestVI(Model):

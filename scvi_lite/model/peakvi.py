@@ -45,15 +45,12 @@ class PeakPlan(Plan):
 
     kl_scale: str = "minibatch"
 
+    of_loss: ClassVar[tuple[str, ...]] = ("kl_scale",)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.kl_scale not in KL_SCALES:
             raise ValueError(unknown("kl_scale", self.kl_scale, KL_SCALES))
-
-    @property
-    def loss_options(self) -> dict[str, Any]:
-        """What the loss is told."""
-        return {"kl_scale": self.kl_scale}
 
 
 @dataclass(frozen=True)

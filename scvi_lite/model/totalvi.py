@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -13,7 +12,7 @@ from scvi_lite.analysis import abundance, importance, joint, latent, likelihood,
 from scvi_lite.data.fields import Categorical, Field, Matrix, columns_of_obs
 from scvi_lite.data.modalities import read_modalities
 from scvi_lite.data.proteins import Proteins
-from scvi_lite.errors import as_options, without_absent
+from scvi_lite.errors import as_options, check_not_negative, without_absent
 from scvi_lite.model import query
 from scvi_lite.model.base import ABSENT, Model, arguments_of
 from scvi_lite.nn.classifier import Adversary
@@ -59,15 +58,11 @@ class TotalPlan(AdversarialPlan):
     pro_recons_weight: float = 1.0
     anneal_proteins: bool = True
 
+    of_loss: ClassVar[tuple[str, ...]] = ("pro_recons_weight", "anneal_proteins")
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (isinstance(self.pro_recons_weight, Real) and self.pro_recons_weight >= 0):
-            raise ValueError(f"pro_recons_weight={self.pro_recons_weight!r}: a number of zero or more is needed.")
-
-    @property
-    def loss_options(self) -> dict[str, Any]:
-        """What the loss is told."""
-        return {"pro_recons_weight": self.pro_recons_weight, "anneal_proteins": self.anneal_proteins}
+        check_not_negative(pro_recons_weight=self.pro_recons_weight)
 
 
 class TOTALVI(Model):

@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from numbers import Real
-from typing import Any
+from typing import Any, ClassVar
 
-from scvi_lite.errors import as_options, check_options, unknown, without_absent, without_needless
+from scvi_lite.errors import as_options, check_not_negative, check_options, unknown, without_absent, without_needless
 
 OPTIMIZERS = ("Adam", "AdamW", "Custom")
 LR_SCHEDULES = ("cosine",)
@@ -78,6 +78,8 @@ class Plan:
     compile: bool = False
     compile_kwargs: Mapping[str, Any] | None = None
 
+    of_loss: ClassVar[tuple[str, ...]] = ()  #: options that the loss is told, which a model's own plan adds
+
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(unknown("optimizer", self.optimizer, OPTIMIZERS))
@@ -95,9 +97,8 @@ class Plan:
                 )
         if not self.eps > 0:
             raise ValueError(f"eps={self.eps!r}: a positive number is needed.")
-        for name in ("lr", "weight_decay", "min_kl_weight", "max_kl_weight", "lr_patience", "lr_threshold", "lr_min"):
-            if not (isinstance(getattr(self, name), Real) and getattr(self, name) >= 0):
-                raise ValueError(f"{name}={getattr(self, name)!r}: a number of zero or more is needed.")
+        not_negative = ("lr", "weight_decay", "min_kl_weight", "max_kl_weight", "lr_patience", "lr_threshold", "lr_min")
+        check_not_negative(**{name: getattr(self, name) for name in not_negative})
         if self.min_kl_weight > self.max_kl_weight:
             raise ValueError(f"min_kl_weight={self.min_kl_weight} is above max_kl_weight={self.max_kl_weight}.")
         if not 0 < self.lr_factor < 1:
@@ -105,8 +106,8 @@ class Plan:
 
     @property
     def loss_options(self) -> dict[str, Any]:
-        """Further keywords for the loss of the module, which a model's own plan adds."""
-        return {}
+        """Further keywords for the loss of the module."""
+        return {name: getattr(self, name) for name in self.of_loss}
 
     def lr_at(self, share: float) -> float:
         """The learning rate when a share of the steps is done.
@@ -167,15 +168,11 @@ class SemiSupervisedPlan(AdversarialPlan):
 
     classification_ratio: float = 50
 
+    of_loss: ClassVar[tuple[str, ...]] = ("classification_ratio",)
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (isinstance(self.classification_ratio, Real) and self.classification_ratio >= 0):
-            raise ValueError(f"classification_ratio={self.classification_ratio!r}: a number of zero or more is needed.")
-
-    @property
-    def loss_options(self) -> dict[str, Any]:
-        """The weight of the classification loss."""
-        return {"classification_ratio": self.classification_ratio}
+        check_not_negative(**self.loss_options)
 
 
 def make_plan(defaults: Plan, options: Mapping[str, Any] | None) -> Plan:
