@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 NUMBERS_AT_ONCE = 1 << 21  # size of the largest temporary array: 8 MiB in float32, which stay near the processor
 MAX_BATCH = 1024
 LOADER = {"dataloader": "name the cells with adata and indices; an AnnData may be backed by a file"}
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def whole_number(**numbers: Any) -> None:
