@@ -60,6 +60,14 @@ INSTEAD: dict[str, dict[str, str]] = {
         "mlflow_set_tracking_uri": "train() takes logger=lightning.pytorch.loggers.MLFlowLogger(tracking_uri=...)",
         "reset_logging_handler": "messages go to logging.getLogger('scvi_lite'), whose handlers are yours to change",
     },
+    "scvi_lite.nn": {
+        **dict.fromkeys(("Encoder", "EncoderTOTALVI", "FCLayers", "MultiEncoder"), "see Hidden in nn.layers"),
+        **dict.fromkeys(
+            ("Decoder", "DecoderSCVI", "DecoderTOTALVI", "LinearDecoderSCVI", "MultiDecoder"), "see Decoder in nn.vae"
+        ),
+        "Embedding": "use torch.nn.Embedding",
+        "one_hot": "use torch.nn.functional.one_hot",
+    },
     "scvi_lite.train": {
         "LoudEarlyStopping": "give early_stopping=True to train()",
         "METRIC_KEYS": "the names of metrics are those of model.history",
@@ -94,6 +102,11 @@ INSTEAD: dict[str, dict[str, str]] = {
         "setup_annbatch": "an AnnData may be backed by a file larger than memory: anndata.read_h5ad(path, backed='r')",
         "create_torch_dataset": MINIBATCHES,
         "view_registry": "call model.view_anndata_setup()",
+        "get_normalized_function_name": "call get_normalized_expression(), or get_normalized_accessibility()",
+        "prepare_query_mudata": "this model reads an AnnData: call prepare_query_anndata()",
+        "get_importance_weights": "differential_expression(weights='importance') of SCVI, SCANVI and TOTALVI",
+        "_make_data_loader": "model._minibatches(adata, indices) gives one scvi_lite.data.Batch after another",
+        "_validate_anndata": "questions check the data that they are given, and leave them as they are",
         "convert_legacy_save": "load() reads folders that scvi-tools saved",
         "run_id": "name the run in a logger of Lightning: train(logger=...)",
         "run_name": "name the run in a logger of Lightning: train(logger=...)",

@@ -426,7 +426,13 @@ def test_predict():
 def test_options_are_saved(tmp_path):
     model = small(
         y_prior=torch.tensor([[0.2, 0.3, 0.5]]),
-        classifier_parameters={"n_hidden": 5, "n_layers": 2, "dropout_rate": 0.3, "use_batch_norm": False},
+        classifier_parameters={
+            "n_hidden": 5,
+            "n_layers": 2,
+            "dropout_rate": 0.3,
+            "use_batch_norm": False,
+            "logits": True,
+        },
         use_layer_norm="encoder",
     )
     assert model.module.label_prior.tolist() == pytest.approx([0.2, 0.3, 0.5])

@@ -217,6 +217,7 @@ def test_plan_options_of_metrics_say_that_they_have_no_effect():
         ("data", "AnnDataManager", "model.registry"),
         ("model", "get_max_epochs_heuristic", "20000"),
         ("settings", "reset_logging_handler", "logging.getLogger"),
+        ("nn", "FCLayers", "Hidden"),
         ("train", "ScibCallback", "scib-metrics"),
         ("train", "AdversarialTrainingPlanConfig", "plan_kwargs"),
         ("train", "Trainer", "lightning.Trainer"),

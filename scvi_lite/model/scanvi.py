@@ -133,6 +133,7 @@ class SCANVI(Model):
         size_factor_key: str | None = None,
         categorical_covariate_keys: Sequence[str] | None = None,
         continuous_covariate_keys: Sequence[str] | None = None,
+        use_minified: bool = True,
     ) -> None:
         """Check the data and note what the model reads from them, in ``adata.uns["scvi_lite"]``.
 
@@ -146,6 +147,8 @@ class SCANVI(Model):
             What the column holds for cells without a label. If all have one, any other name.
         layer, batch_key, size_factor_key, categorical_covariate_keys, continuous_covariate_keys
             As in :meth:`SCVI.setup_anndata <scvi_lite.model.SCVI.setup_anndata>`.
+        use_minified
+            Makes no difference: the counts are read either way.
 
         Raises
         ------
@@ -156,6 +159,7 @@ class SCANVI(Model):
             repeat.
         """
         given = arguments_of(locals())
+        del given["use_minified"]
         labels_ = Labels("label_n", "labels_key", labels_key, unlabeled_category)
         cls._register(adata, [Matrix("x", layer), *columns_of_obs(given, labels=labels_)], given)
 

@@ -23,7 +23,7 @@ from scvi_lite.nn.module import Loss
 from scvi_lite.nn.normal import draw_normal, kl_normal, log_normal
 from scvi_lite.nn.vae import CountVAE, Posterior, VAEConfig
 
-CLASSIFIER_OPTIONS = ("n_hidden", "n_layers", "dropout_rate", "use_batch_norm", "use_layer_norm")
+CLASSIFIER_OPTIONS = ("logits", "n_hidden", "n_layers", "dropout_rate", "use_batch_norm", "use_layer_norm")
 N_BINS = 15  # of the calibration error
 
 
@@ -70,6 +70,7 @@ class SCANVIModule(CountVAE):
         in_decoder = {"batch_norm": c.use_batch_norm in ("decoder", "both")}
         in_decoder["layer_norm"] = c.use_layer_norm in ("decoder", "both")
         given = {name.removeprefix("use_"): value for name, value in (c.classifier_parameters or {}).items()}
+        given.pop("logits", None)  # which scripts for scvi-tools give: labels are as probable either way
         shape = {"n_hidden": c.n_hidden, "n_layers": 0 if c.linear_classifier else c.n_layers}
         self.classifier = Classifier(
             c.n_latent, c.n_known, **{**shape, "dropout_rate": c.dropout_rate, **in_encoder, **given}
