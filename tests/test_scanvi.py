@@ -485,12 +485,16 @@ def test_setup_errors():
         SCANVI.setup_anndata(adata, "holes", "Unknown")
 
 
+def test_groups_of_labels_have_no_effect():
+    with pytest.warns(UserWarning, match="labels_groups has no effect"):
+        small(labels_groups=[0, 0, 1])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"linear_clasifier": True}, "Did you mean 'linear_classifier'"),
         ({"linear_classifier": "yes"}, "True or False is needed"),
-        ({"labels_groups": [0, 0, 1]}, "no option 'labels_groups'"),
         ({"classifier_parameters": {"hidden": 3}}, "Did you mean 'n_hidden'"),
         ({"classifier_parameters": 3}, "a dictionary"),
         ({"y_prior": [0.5, 0.5]}, "3 positive numbers that sum to 1"),

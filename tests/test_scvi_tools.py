@@ -321,6 +321,8 @@ def test_minified_data_of_scvi_tools():
     assert minified.minified_data_type == "latent_posterior_parameters" and minified.adata.layers["counts"].nnz == 0
     with pytest.raises(RuntimeError, match="get_elbo needs counts"):
         minified.get_elbo()
+    with pytest.raises(RuntimeError, match="adata was minified and holds no counts, which SCVI reads"):
+        SCVI.setup_anndata(anndata.read_h5ad(folder / "adata.h5ad"), batch_key="batch")
     cells = anndata.AnnData(np.zeros((8, 6)), obs=minified.adata.obs[["batch"]], layers={"counts": expected["counts"]})
     cells.var_names = minified.adata.var_names
     full = SCVI.load(folder, adata=cells)

@@ -12,7 +12,7 @@ from scvi_lite.analysis.inputs import to_numpy
 from scvi_lite.data.fields import Continuous, Embedding, Field
 from scvi_lite.data.genes import replace_modalities
 from scvi_lite.data.modalities import is_mudata
-from scvi_lite.data.registry import note
+from scvi_lite.data.registry import MINIFY_KEY, WITHOUT_COUNTS, note
 from scvi_lite.errors import StateError, UnknownKeyError, unknown
 
 if TYPE_CHECKING:
@@ -22,10 +22,8 @@ if TYPE_CHECKING:
     from scvi_lite.data.registry import Registry
     from scvi_lite.model.base import Model
 
-WITHOUT_COUNTS = "latent_posterior_parameters"
 WITH_COUNTS = "latent_posterior_parameters_with_counts"
 LIBRARY_KEY = "observed_lib_size"
-THEIR_KEY = "_scvi_adata_minify_type"  # of uns, in which scvi-tools notes how data were minified
 
 
 def minify_adata(
@@ -114,7 +112,7 @@ def setup_for(registry: Registry, adata: AnnData) -> Registry:
     """
     stored = {name: where for name, where in STORED.items() if name in registry.fields}
     there = all(registry.fields[name]["key"] in getattr(adata, where) for name, where in stored.items())
-    return registry if there and adata.uns.get(THEIR_KEY) != WITH_COUNTS else setup_for_counts(registry)
+    return registry if there and adata.uns.get(MINIFY_KEY) != WITH_COUNTS else setup_for_counts(registry)
 
 
 def setup_for_counts(registry: Registry) -> Registry:

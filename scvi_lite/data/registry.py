@@ -28,6 +28,8 @@ FIELDS: tuple[type[Field], ...] = (
 )  # fmt: skip
 KINDS = {field.kind: field for field in FIELDS}
 UNS_KEY = "scvi_lite"
+MINIFY_KEY = "_scvi_adata_minify_type"  #: of uns, in which scvi-tools notes how data were minified
+WITHOUT_COUNTS = "latent_posterior_parameters"
 PARTS = {"model_name": str, "setup_args": dict, "fields": dict, "n_cells": int, "n_features": int}
 THEIRS = ("field_registries", "scvi_version", "setup_method_name")  #: what scvi-tools has beside some of them
 CURES = {
@@ -180,14 +182,8 @@ class Registry:
         ValueError
             If values are missing or new to the model, or counts are negative, NaN or infinite.
         """
-        # A setup that cannot be read, as of another version, is no reason to refuse data: it is not used.
-        minified = '"minified": true' in str(setups_of(adata).get(self.model_name))
-        reads_counts = not self.fields["x"].get("minified")
-        if minified and reads_counts:
-            raise StateError(
-                f"adata was minified and holds no counts, which this {self.model_name} reads. Give the full data, or "
-                "load the model that minified them."
-            )
+        if not self.fields["x"].get("minified"):
+            refuse_minified(adata, self.model_name)
         for state in sorted(self.fields.values(), key=lambda state: state["kind"] == Matrix.kind):  # counts last
             KINDS[state["kind"]].check(adata, state)
 
@@ -197,11 +193,14 @@ def register(adata: Data, model_name: str, fields: Sequence[Field], setup_args: 
 
     Raises
     ------
+    StateError
+        If the data were minified without counts.
     ValueError
         If there are no cells or genes, if names repeat, or if a field does not fit.
     """
     modalities = [field.modality for field in fields if field.modality is not None]
     check_data(adata, modalities)
+    refuse_minified(adata, model_name)
     if empty := [modality for modality in modalities if part_of(adata, modality).n_obs == 0]:  # as a query's may be
         raise ValueError(f"mdata[{empty[0]!r}] has no cells, and the model is to learn from some.")
     if adata.isbacked and adata.is_view:
@@ -226,6 +225,17 @@ def note(registry: Registry, adata: Data) -> None:
         warnings.filterwarnings("ignore", "Trying to modify attribute", category=UserWarning)  # a view becomes a copy
         # As text, because an .h5ad file keeps no None and no empty or mixed list as it was.
         adata.uns[UNS_KEY] = setups_of(adata) | {registry.model_name: json.dumps(registry.to_dict())}
+
+
+def refuse_minified(adata: Data, model_name: str) -> None:
+    """Refuse data that were minified without counts, here or by scvi-tools."""
+    # A setup that cannot be read, as of another version, is no reason to refuse data: it is not used.
+    here = '"minified": true' in str(setups_of(adata))
+    if here or str(adata.uns.get(MINIFY_KEY)) == WITHOUT_COUNTS:
+        raise StateError(
+            f"adata was minified and holds no counts, which {model_name} reads. Give the full data, or load the model "
+            "that minified them."
+        )
 
 
 def setups_of(adata: Data) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from scvi_lite.analysis import (
 from scvi_lite.data.fields import Matrix, columns_of_obs
 from scvi_lite.data.labels import Labels
 from scvi_lite.data.supervision import Supervision
-from scvi_lite.errors import without_absent
+from scvi_lite.errors import without_needless
 from scvi_lite.model import pretrained, query
 from scvi_lite.model.base import Model, arguments_of
 from scvi_lite.nn.classifier import Adversary
@@ -32,7 +32,7 @@ from scvi_lite.train.plan import SemiSupervisedPlan, heuristic_epochs
 if TYPE_CHECKING:
     from anndata import AnnData
 
-ABSENT = {"labels_groups": "labels have no groups above them here"}
+NEEDLESS = {"labels_groups": "no term of the loss depends on it, here and in scvi-tools"}
 
 
 class SCANVI(Model):
@@ -111,7 +111,7 @@ class SCANVI(Model):
         **network_options: Any,
     ):
         given = arguments_of(locals())
-        network_options = without_absent("SCANVI()", network_options, ABSENT)
+        network_options = without_needless(network_options, NEEDLESS)
         if "var_activation" in network_options:  # as a name, which can be saved
             network_options["var_activation"] = activation_name(network_options["var_activation"])
         if network_options.get("y_prior") is not None:  # as plain numbers, which can be saved
