@@ -7,7 +7,13 @@ import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pytest
+
+import scvi_lite
+from scvi_lite.model import SCVI
+from scvi_lite.train.plan import Plan
+from scvi_lite.train.presets import FAST
 
 SCRIPT = """
 import json, os, sys, time
@@ -25,11 +31,12 @@ options = dict(accelerator="cpu", devices=2, strategy="ddp", batch_size=16, enab
 
 class Watch(Callback):
     "Which cells this rank sees, in which epoch, and what dropout draws."
-    def __init__(self): self.train, self.validation, self.noise = [], [], []
+    def __init__(self): self.train, self.validation, self.noise, self.rates = [], [], [], []
     def on_train_batch_start(self, trainer, task, batch, batch_idx):
         self.train.append([trainer.current_epoch, batch.row_n.tolist()])
     def on_train_batch_end(self, trainer, task, *_):
         self.noise.append(torch.get_rng_state().sum().item())
+        self.rates.append([trainer.optimizers[0].param_groups[0]["lr"], float(task.kl_weight)])
     def on_validation_batch_start(self, trainer, task, batch, batch_idx):
         self.validation.append([trainer.current_epoch, batch.row_n.tolist()])
 
@@ -40,7 +47,7 @@ def describe(model, watch, **more):
         history={k: v[k].tolist() for k, v in model.history.items()},
         indices=[model.train_indices.tolist(), model.validation_indices.tolist()],
         trained=model.is_trained, draw=torch.rand(1).item(),
-        train=watch.train, validation=watch.validation, noise=watch.noise, **more)
+        train=watch.train, validation=watch.validation, noise=watch.noise, rates=watch.rates, **more)
 
 def tell(**content):
     with open(f"rank{rank}.json", "w") as file: json.dump(content, file)
@@ -187,3 +194,46 @@ def test_metrics_are_exact_over_ranks(tmp_path):
     assert first["message"] == second["message"]
     assert "diverged in epoch 1" in first["message"]
     assert first["weights"] == second["weights"]
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_preset_goes_the_same_way_on_two_ranks(tmp_path):
+    """Learning rate and KL weight follow from the share of the training that is done: on any number of devices."""
+    ranks = run_on_two_ranks(
+        """
+        from lightning.pytorch.callbacks import ModelCheckpoint
+        within = ModelCheckpoint("kept", "within-{step}", every_n_train_steps=7, save_top_k=-1)
+        between = ModelCheckpoint("kept", "between-{epoch}", every_n_epochs=2, save_top_k=-1,
+                                  save_on_train_epoch_end=True)
+        watch, again = Watch(), Watch()
+        settings = dict(preset="fast", max_epochs=4, **options)
+        model = SCVI(adata, n_hidden=8)
+        model.train(callbacks=[watch, within, between], **settings)
+        other = SCVI(adata, n_hidden=8)
+        other.train(callbacks=again, ckpt_path="kept/within-step=7.ckpt", **settings)
+        tell(whole=describe(model, watch), resumed=describe(other, again))
+        """,
+        tmp_path,
+    )
+    plan, whole = Plan(**FAST), ranks[0]["whole"]
+
+    def expected(n_steps):
+        shares = [step / (4 * n_steps) for step in range(4 * n_steps)]
+        return [[plan.lr_at(share + 0.5 / (4 * n_steps)), min(1, share / 0.22)] for share in shares]
+
+    np.testing.assert_allclose(whole["rates"], expected(5), rtol=1e-6)
+    for rank in ranks:
+        assert rank["whole"]["rates"] == whole["rates"]
+        assert rank["resumed"]["rates"] == whole["rates"][7:]
+        for what in ("weights", "history"):
+            assert rank["resumed"][what] == whole[what], what
+
+    adata = scvi_lite.data.synthetic_iid(batch_size=75, n_genes=12)
+    SCVI.setup_anndata(adata, batch_key="batch")
+    half_way = tmp_path / "kept/between-epoch=1.ckpt"
+    for batch_size, n_steps, ckpt_path in ((32, 5, None), (16, 9, half_way)):
+        one = SCVI(adata, n_hidden=8)
+        options = dict(preset="fast", max_epochs=4, accelerator="cpu", devices=1, enable_progress_bar=False)
+        one.train(batch_size=batch_size, ckpt_path=ckpt_path, **options)
+        found = [one.history[name][name].to_numpy()[-2:] for name in ("lr-Adam", "kl_weight")]
+        np.testing.assert_allclose(np.transpose(found), expected(n_steps)[n_steps - 1 :: n_steps][-2:], rtol=1e-6)

@@ -230,9 +230,10 @@ def test_cosine_schedule(model, accumulate):
     assert model.history["lr-Adam"]["lr-Adam"].tolist() == steps.lr[3::4]
 
 
-def test_cosine_schedule_needs_an_end(model):
-    with pytest.raises(ValueError, match="give max_epochs or max_steps"):
-        model.train(max_time="00:00:01:00", plan_kwargs={"lr_schedule": "cosine"}, **SILENT)
+@pytest.mark.parametrize("plan", [{"lr_schedule": "cosine"}, {"n_steps_kl_warmup": 0.5}])
+def test_a_share_of_the_training_needs_an_end(model, plan):
+    with pytest.raises(ValueError, match=f"{min(plan)}=.*give max_epochs or max_steps"):
+        model.train(max_time="00:00:01:00", plan_kwargs=plan, **SILENT)
 
 
 @pytest.mark.parametrize(
@@ -252,11 +253,11 @@ def test_schedules_that_do_not_go(options, message):
 
 
 def test_preset(model, monkeypatch):
-    """How long it takes and how: 10 epochs of 2 minibatches, the first fifth of which warms up."""
+    """How long it takes and how: 10 epochs of 2 minibatches, the first 0.22 of which warm up."""
     monkeypatch.setattr("scvi_lite.train.presets.EPOCHS_OF_FEW", 10)
     steps = Steps()
     model.train(preset="fast", batch_size=50, callbacks=steps, **SILENT)
-    assert steps.kl_weight == pytest.approx([min(1, step / 4) for step in range(20)])
+    assert steps.kl_weight == pytest.approx([min(1, step / 4.4) for step in range(20)])
     assert max(steps.lr) == pytest.approx(FAST["lr"], rel=0.1)
     assert steps.lr[-1] < 0.02 * FAST["lr"]
 

@@ -70,7 +70,7 @@ def fit_model(
     stopping, options = asked.sort_options({"early_stopping": early_stopping, **trainer_kwargs}, defaults)
     batch_size = (settings.batch_size or 128) if batch_size is None else batch_size
     asked.check_whole("batch_size", batch_size, least=2)
-    max_epochs, plan = _length_and_plan(model, preset, max_epochs, batch_size, plan_kwargs, options)
+    max_epochs, plan = _length_and_plan(model, preset, max_epochs, plan_kwargs, options)
     if shuffle_set_split not in (True, False):
         raise ValueError(f"shuffle_set_split={shuffle_set_split!r}: True or False is needed.")
     splitting = without_needless(as_options("datasplitter_kwargs", datasplitter_kwargs), asked.NEEDLESS)
@@ -107,7 +107,6 @@ def _length_and_plan(
     model: Model,
     preset: str | None,
     max_epochs: int | None,
-    batch_size: int,
     plan_kwargs: Mapping[str, Any] | None,
     options: Mapping[str, Any],
 ) -> tuple[int | None, Plan]:
@@ -127,7 +126,9 @@ def _length_and_plan(
     if preset is not None:
         if "preset" not in inspect.signature(model.train).parameters:
             raise TypeError(f"train() of {type(model).__name__} has no presets; those of SCVI and SCANVI have.")
-        max_epochs, ready = preset_plan(preset, max_epochs, options.get("max_steps"), model.adata.n_obs, batch_size)
+        epochs, ready = preset_plan(preset, model.adata.n_obs)
+        if max_epochs is None and options.get("max_steps") is None:
+            max_epochs = epochs
         if given.get("n_epochs_kl_warmup") is not None:
             del ready["n_steps_kl_warmup"]  # which would count instead
         given = ready | given

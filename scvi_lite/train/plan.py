@@ -47,7 +47,7 @@ class Plan:
         With ``optimizer="Custom"``: a function from the parameters to a ``torch.optim.Optimizer``.
     n_epochs_kl_warmup, n_steps_kl_warmup
         The weight of the KL terms grows linearly from ``min_kl_weight`` to ``max_kl_weight`` over this many epochs
-        or, if given, over this many minibatches (counted over all devices).
+        or, if given, over this many minibatches (counted over all devices); below 1, over this share of the training.
     lr_schedule
         ``"cosine"``: the learning rate rises linearly to ``lr`` over the first tenth of the steps and falls along half
         a cosine to zero at the last (Loshchilov & Hutter 2017, arXiv:1608.03983).
@@ -65,7 +65,7 @@ class Plan:
     optimizer: str = "Adam"
     optimizer_creator: Any = None
     n_epochs_kl_warmup: int | None = 400
-    n_steps_kl_warmup: int | None = None
+    n_steps_kl_warmup: float | None = None
     min_kl_weight: float = 0.0
     max_kl_weight: float = 1.0
     lr_schedule: str | None = None
@@ -122,15 +122,27 @@ class Plan:
             return self.lr * share / LR_RISE
         return self.lr * (1 + math.cos(math.pi * (share - LR_RISE) / (1 - LR_RISE))) / 2
 
-    def kl_weight(self, epoch: int, step: int) -> float:
-        """The weight of the KL terms at an epoch and a step (a minibatch of any device), both from 0.
+    @property
+    def warms_up_by_share(self) -> bool:
+        """Whether the KL warm-up is a share of the training."""
+        return self.n_steps_kl_warmup is not None and 0 < self.n_steps_kl_warmup < 1
 
-        >>> Plan(n_epochs_kl_warmup=4).kl_weight(1, 0), Plan(n_epochs_kl_warmup=None).kl_weight(0, 0)
-        (0.25, 1.0)
+    def kl_weight(self, epoch: int, step: int, share: float) -> float:
+        """The weight of the KL terms.
+
+        Parameters
+        ----------
+        epoch, step, share
+            Where the training is: the epoch and the minibatch (of any device), both from 0, and the share that is done.
+
+        >>> Plan(n_epochs_kl_warmup=4).kl_weight(1, 10, 0.1), Plan(n_steps_kl_warmup=0.2).kl_weight(1, 10, 0.1)
+        (0.25, 0.5)
         """
         done, length = (step, self.n_steps_kl_warmup) if self.n_steps_kl_warmup else (epoch, self.n_epochs_kl_warmup)
-        share = min(1.0, done / length) if length else 1.0
-        return self.min_kl_weight + (self.max_kl_weight - self.min_kl_weight) * share
+        if self.warms_up_by_share:
+            done = share
+        grown = min(1.0, done / length) if length else 1.0
+        return self.min_kl_weight + (self.max_kl_weight - self.min_kl_weight) * grown
 
 
 @dataclass(frozen=True)

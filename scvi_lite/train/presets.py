@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from scvi_lite.errors import unknown
 from scvi_lite.train.plan import heuristic_epochs
 
 PRESETS = ("fast",)
-FAST = {"lr": 2e-2, "eps": 1e-4, "lr_schedule": "cosine"}
-WARMUP = 0.2  # share of the minibatches over which the weight of the KL terms grows
+FAST = {"lr": 2e-2, "eps": 1e-4, "lr_schedule": "cosine", "n_steps_kl_warmup": 0.22}
 FEWER = 9  # than the epochs of the default
 FEW_CELLS, EPOCHS_OF_FEW = 5_000, 60  # longer, the networks learn few cells by heart
 
 
-def preset_plan(
-    preset: str, max_epochs: int | None, max_steps: int | None, n_cells: int, batch_size: int
-) -> tuple[int | None, dict[str, Any]]:
-    """How long to train, where nobody says, and options of the plan.
+def preset_plan(preset: str, n_cells: int) -> tuple[int, dict[str, Any]]:
+    """How many epochs to train, and options of the plan.
 
     Raises
     ------
@@ -27,15 +23,12 @@ def preset_plan(
 
     Examples
     --------
-    >>> preset_plan("fast", None, None, n_cells=8_000, batch_size=128)[0]
+    >>> preset_plan("fast", n_cells=8_000)[0]
     44
     """
     if preset not in PRESETS:
         raise ValueError(unknown("preset", preset, PRESETS, "a preset", "Presets"))
-    if max_epochs is None and max_steps is None:
-        max_epochs = fast_epochs(n_cells)
-    n_steps = max_steps if max_epochs is None else math.ceil(max_epochs * n_cells / batch_size)
-    return max_epochs, FAST | {"n_steps_kl_warmup": max(1, int(WARMUP * (n_steps or 0)))}
+    return fast_epochs(n_cells), dict(FAST)
 
 
 def fast_epochs(n_cells: int) -> int:

@@ -94,13 +94,14 @@ class Task(pl.LightningModule):
             torch.manual_seed(saved.mix(self.trainer.datamodule.seed, self.trainer.global_rank))
         if self.last_good is None:
             self._remember()
-        if self.plan.lr_schedule is not None:
-            self.n_steps = self.trainer.estimated_stepping_batches
-            if not math.isfinite(self.n_steps):
-                raise ValueError(
-                    f"lr_schedule={self.plan.lr_schedule!r} ends with the training, and when that is nobody knows: "
-                    "give max_epochs or max_steps."
-                )
+        needs_end = (
+            "lr_schedule" if self.plan.lr_schedule else "n_steps_kl_warmup" if self.plan.warms_up_by_share else ""
+        )
+        if needs_end and self.trainer.max_epochs < 0 and self.trainer.max_steps < 0:
+            raise ValueError(
+                f"{needs_end}={getattr(self.plan, needs_end)!r} goes by the end of the training, and when that is "
+                "nobody knows: give max_epochs or max_steps."
+            )
         frozen = [self.module.get_parameter(name).detach()[:n] for name, n in self.module.frozen.rows.items()]
         self.held = [(rows, rows.clone()) for rows in frozen]
 
@@ -150,17 +151,30 @@ class Task(pl.LightningModule):
     _kl_weight_set = math.nan
 
     def _set_lr(self) -> None:
-        """The learning rate of this step, which follows from the number of steps alone: resuming needs no more."""
-        done = (self.trainer.global_step + 0.5) / self.n_steps
-        lr = self.plan.lr_at(min(done, 1.0)) * self._lr_scale
+        """The learning rate of this step, which follows from where the training is alone: resuming needs no more."""
+        lr = self.plan.lr_at(self._share_done(ahead=0.5)) * self._lr_scale
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = lr
 
     def _current_kl_weight(self) -> float:
-        trainer, step = self.trainer, 0
-        if self.plan.n_steps_kl_warmup:
+        trainer, step, share = self.trainer, 0, 0.0
+        if self.plan.warms_up_by_share:
+            share = self._share_done()
+        elif self.plan.n_steps_kl_warmup:
             step = max(0, trainer.fit_loop.total_batch_idx) * trainer.world_size
-        return self.plan.kl_weight(trainer.current_epoch, step)
+        return self.plan.kl_weight(trainer.current_epoch, step, share)
+
+    def _share_done(self, ahead: float = 0.0) -> float:
+        """The share of the training that is done in so many steps, by epochs or by steps, whichever ends it.
+
+        Of epochs it is the same on any number of devices, also where they change when a training is resumed.
+        """
+        trainer, each = self.trainer, self.trainer.accumulate_grad_batches
+        by_steps = (trainer.global_step + ahead) / trainer.max_steps if trainer.max_steps > 0 else 0.0
+        in_epoch = max(0, trainer.fit_loop.epoch_loop.batch_idx) // each + ahead
+        epochs = trainer.current_epoch + in_epoch / math.ceil(trainer.num_training_batches / each)
+        by_epochs = epochs / trainer.max_epochs if trainer.max_epochs > 0 else 0.0
+        return min(1.0, max(by_steps, by_epochs))
 
     # Metrics ----------------------------------------------------------------------------------------------------------
 
