@@ -169,9 +169,9 @@ def without_absent(
 
 
 def without_needless(options: Mapping[str, Any], needless: Mapping[str, str]) -> dict[str, Any]:
-    """The options without those of no use here, of which a warning says why, unless they are None or False."""
+    """The options without those of no use here, of which a warning says why, unless they are None, False or {}."""
     for name, value in options.items():
-        if name in needless and value is not None and value is not False:
+        if name in needless and not (value is None or value is False or value == {}):
             warn(f"{name} has no effect: {needless[name]}.")
     return {name: value for name, value in options.items() if name not in needless}
 

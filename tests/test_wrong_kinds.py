@@ -192,8 +192,10 @@ def test_options_without_a_use_may_be_empty(tmp_path):
         model.save(tmp_path / "model", save_kwargs={}, datamodule=None, legacy_mudata_format=False, save_anndata=True)
         loaded = SCVI.load(tmp_path / "model", backup_url=None, datamodule=None, allowed_classes_names_list=None)
     assert loaded.registry["setup_args"]["batch_key"] == "batch"
-    with pytest.raises(TypeError, match="load\\(\\) has no option 'backup_url': models are not downloaded"):
+    with pytest.warns(UserWarning, match="backup_url has no effect: models are not downloaded"):
         SCVI.load(tmp_path / "model", backup_url="https://example.org")
+    with pytest.warns(UserWarning, match="legacy_mudata_format has no effect: there is one format"):
+        model.save(tmp_path / "model", legacy_mudata_format=True, overwrite=True)
     with pytest.raises(TypeError, match="load\\(\\) has no option 'dir'"):
         SCVI.load(tmp_path / "model", dir=3)
     with pytest.raises(TypeError, match="SCVI has no option 'registry': a model is made with an AnnData"):

@@ -11,7 +11,7 @@ from scvi_lite.analysis.minify import setup_for
 from scvi_lite.data.genes import match_genes
 from scvi_lite.data.modalities import is_mudata
 from scvi_lite.data.registry import Registry
-from scvi_lite.errors import without_absent
+from scvi_lite.errors import without_absent, without_needless
 from scvi_lite.nn.module import Frozen
 from scvi_lite.train.devices import choose_device
 
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 M = TypeVar("M", bound="Model")
 
-SAVE_ABSENT = {
+SAVE_NEEDLESS = {
     "save_kwargs": "weights are no pickle, and torch.save is not called",
     "legacy_mudata_format": "there is one format",
-    "datamodule": "cells that do not fit in memory are read from a backed AnnData",
 }
+SAVE_ABSENT = {"datamodule": "cells that do not fit in memory are read from a backed AnnData"}
+LOAD_NEEDLESS = {"backup_url": "models are not downloaded"}
 LOAD_ABSENT = {
-    "backup_url": "models are not downloaded",
     "datamodule": "cells that do not fit in memory are read from a backed AnnData",
     "allowed_classes_names_list": "a folder is loaded with the class that it holds",
 }
@@ -73,7 +73,7 @@ def save(
     from scvi_lite.train.ranks import on_first_rank
 
     check_path(dir_path)
-    options = without_absent("save()", anndata_write_kwargs, SAVE_ABSENT)
+    options = without_absent("save()", without_needless(anndata_write_kwargs, SAVE_NEEDLESS), SAVE_ABSENT)
     if options and not save_anndata:
         raise TypeError(
             f"save() has no option {next(iter(options))!r}; options of AnnData.write_h5ad go with save_anndata=True."
@@ -137,6 +137,7 @@ def load(
     from scvi_lite.io.scvi_tools import is_scvi_tools_folder
 
     check_path(dir_path)
+    absent = without_needless(absent, LOAD_NEEDLESS)
     without_absent("load()", absent, LOAD_ABSENT, ("dir_path", "adata", "accelerator", "device", "prefix"))
     prefix = prefix or ""
     saved = read_saved(dir_path, prefix)
