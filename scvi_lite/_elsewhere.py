@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABCMeta
 from typing import NoReturn
 
-from scvi_lite.errors import nearest
+from scvi_lite.errors import ElsewhereError, nearest
 
 DATA_SETS = "data sets are not downloaded here; scvi_lite.data.pbmc68k_reduced() and simulate() need no download"
 PLAIN_SETUP = "the setup is plain data: model.registry['setup_args'], model.registry.read(adata, 'x')"
@@ -107,7 +107,7 @@ INSTEAD: dict[str, dict[str, str]] = {
         "get_importance_weights": "differential_expression(weights='importance') of SCVI, SCANVI and TOTALVI",
         "_make_data_loader": "model._minibatches(adata, indices) gives one scvi_lite.data.Batch after another",
         "_validate_anndata": "questions check the data that they are given, and leave them as they are",
-        "convert_legacy_save": "load() reads folders that scvi-tools saved",
+        "convert_legacy_save": "load() reads what scvi-tools 1.0 or newer saved; let it convert what older ones saved",
         "run_id": "name the run in a logger of Lightning: train(logger=...)",
         "run_name": "name the run in a logger of Lightning: train(logger=...)",
     },
@@ -135,11 +135,11 @@ def instead_of(place: str, name: str) -> str | None:
 def no_attribute(owner: object, name: str) -> AttributeError:
     """The error for a name that a model or its class does not have."""
     cls = owner if isinstance(owner, type) else type(owner)
-    message = instead_of(cls.__name__, name) or instead_of("Model", name)
-    if message is None:
-        guess = None if name.startswith("_") else nearest(name, dir(owner))
-        message = f"{cls.__name__} has no attribute {name!r}." + (f" Did you mean {guess!r}?" if guess else "")
-    return AttributeError(message, name=name)
+    if (message := instead_of(cls.__name__, name) or instead_of("Model", name)) is not None:
+        return ElsewhereError(message, name=name)
+    guess = None if name.startswith("_") else nearest(name, dir(owner))
+    hint = f" Did you mean {guess!r}?" if guess else ""
+    return AttributeError(f"{cls.__name__} has no attribute {name!r}.{hint}", name=name)
 
 
 class SaysInstead(ABCMeta):

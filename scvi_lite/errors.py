@@ -33,6 +33,10 @@ class NotThereError(FileNotFoundError, ValueError):
     """A file that is needed is not there."""
 
 
+class ElsewhereError(AttributeError, NotImplementedError):
+    """A name of scvi-tools that is not here."""
+
+
 def nearest(name: object, options: Iterable[object]) -> str | None:
     """The option that looks most like ``name``, or None where none comes near; case does not count.
 
