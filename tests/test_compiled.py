@@ -58,10 +58,10 @@ def row(*n_rows):  # as short as a few steps of a loop
 
 
 LOOPS = {
-    "genes": (kernels.zeros_row, 0, 0, np.float32(3), np.float32(-0.1), row(), row(), row(1), row(1), row(), row())
+    "genes": (kernels.zeros_row, 0, 0, 0, np.float32(3), np.float32(-0.1), row(), row(), row(1), row(1), row(), row())
     + (row(1), row(1), row(1)),
-    "regions": (binary_kernels.zeros_row, 0, 0, *map(np.float32, (-0.1, 0.4, 0.6)), row(), row(1), row(), row())
-    + (row(1), row(1)),
+    "regions": (binary_kernels.zeros_row, 0, *map(np.float32, (-0.1, 0.4, 0.6)), row(), row(1), row(), row())
+    + (row(1), row()),
 }
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from scvi_lite.data.batch import Counts, rows_of
+from scvi_lite.distributions.fused import foreseen, is_compiled_for, share_of_foreseen
 
 #: From here on a region that is found closed is no less likely, so that its log-probability stays finite.
 LARGEST_LOGIT = 80.0
@@ -90,33 +91,36 @@ class _Bernoulli(torch.autograd.Function):
         # A factor of one is the sigmoid of an infinite logit.
         depth = logit_nr.new_full((n,), torch.inf) if depth_n is None else depth_n
         factor = logit_nr.new_full((n_regions,), torch.inf) if factor_r is None else factor_r
-        if not torch.compiler.is_compiling() and logit_nr.device.type == "cpu" and logit_nr.dtype == torch.float32:
+        ctx.compiled, parts = is_compiled_for(logit_nr), (start, col_m, logit_nr, depth, factor)
+        if ctx.compiled:
             from scvi_lite.distributions.binary_kernels import score
 
-            ctx.weight = -1 / max(1, n)  # of each cell in a mean that is descended, as nearly every loss is
-            weight = ctx.weight if any(ctx.needs_input_grad) else None
-            value_n, dlogit_nr, w_nr, w_n = score(start, col_m, logit_nr, depth, factor, weight)
+            weight_n = foreseen(depth) if any(ctx.needs_input_grad) else None
+            value_n, dlogit_nr, w_r, w_n = score(*parts, weight_n)
+            ctx.save_for_backward(*parts, dlogit_nr, w_r, w_n)
         else:
-            ctx.weight = 1.0
-            value_n, dlogit_nr, w_nr, w_n = _value_and_derivatives(
-                rows_of(start, col_m), col_m, logit_nr, depth, factor
-            )
-        ctx.save_for_backward(dlogit_nr, w_nr, w_n * torch.sigmoid(-depth), torch.sigmoid(-factor))
+            value_n, dlogit_nr, w_nr, w_n = _value_and_derivatives(rows_of(start, col_m), *parts[1:])
+            ctx.save_for_backward(*parts, dlogit_nr, w_nr, w_n)
         return value_n
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, up_n: Tensor) -> tuple[Tensor | None, ...]:
-        dlogit_nr, w_nr, ddepth_n, closed_r = ctx.saved_tensors
-        need_logit, need_depth, need_factor = ctx.needs_input_grad[2:]
-        scale_n = up_n if ctx.weight == 1 else up_n / ctx.weight
-        as_foreseen = ctx.weight != 1 and bool((up_n == ctx.weight).all())
-        return (
-            *(None,) * 2,
-            (dlogit_nr if as_foreseen else dlogit_nr * scale_n[:, None]) if need_logit else None,
-            ddepth_n * up_n if need_depth else None,
-            (scale_n @ w_nr) * closed_r if need_factor else None,
-        )
+        parts, (dlogit_nr, w, w_n) = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        if ctx.compiled:
+            share = share_of_foreseen(up_n)
+            if share is None:
+                from scvi_lite.distributions.binary_kernels import score
+
+                _, dlogit_nr, w, w_n = score(*(*parts, up_n))
+            elif share != 1:
+                dlogit_nr, w = dlogit_nr * share, w * share
+        else:
+            dlogit_nr, w = dlogit_nr * up_n[:, None], up_n @ w
+        depth, factor = parts[-2:]
+        gradients = dlogit_nr, w_n * torch.sigmoid(-depth) * up_n, w * torch.sigmoid(-factor)
+        needed = ctx.needs_input_grad[2:]
+        return *(None,) * 2, *(d if need else None for d, need in zip(gradients, needed, strict=True))
 
 
 def _value_and_derivatives(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+
 import numpy as np
 import torch
 from numba import njit
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from scvi_lite._compiled import AT_ONCE, compiled, on_threads
-from scvi_lite.distributions.kernels import F, exp, log1p, wide
+from scvi_lite.distributions.kernels import BLOCK, F, exp, log1p, wide
 
 
 @njit(**AT_ONCE)
@@ -31,17 +32,15 @@ def zeros_row(i, weight, depth, rest, zero_r, logit_nr, factor_r, closed_r, dlog
 
 def score_rows(
     first, last, start, col_m, logit_nr, depth_n, rest_n, log_depth_n, factor_r, closed_r, log_factor_r, value_n,
-    w_n, weight_n, dlogit_nr, w_r,
+    w_n, weight_n, dlogit_nr, w_or,
 ):  # fmt: skip
-    """Fill value and derivatives of the cells first:last; sums over cells are added to."""
+    """Fill value and derivatives of the cells first:last; w is added up over blocks of cells."""
     zero_r = np.ones(logit_nr.shape[1], F)
     for i in range(first, last):
-        weight = F(0) if weight_n is None else weight_n[i]
+        weight, w_r = F(0) if weight_n is None else weight_n[i], w_or[i // BLOCK]
         for m in range(start[i], start[i + 1]):
             zero_r[col_m[m]] = F(0)
-        zeros, odds = zeros_row(
-            i, weight, depth_n[i], rest_n[i], zero_r, logit_nr, factor_r, closed_r, dlogit_nr, w_r
-        )
+        zeros, odds = zeros_row(i, weight, depth_n[i], rest_n[i], zero_r, logit_nr, factor_r, closed_r, dlogit_nr, w_r)
         ones = (start[i + 1] - start[i]) * float(log_depth_n[i])
         for m in range(start[i], start[i + 1]):
             j = col_m[m]
@@ -69,13 +68,9 @@ def score(
     for t in (depth_n, factor_r):
         inputs += [torch.sigmoid(t), torch.sigmoid(-t), logsigmoid(t)]
     dlogit_nr = None if weight_n is None else torch.empty_like(logit_nr)
-    tensors = *inputs, value_n, w_n, weight_n, dlogit_nr
+    w_or = logit_nr.new_zeros(-(-n // BLOCK), n_regions)
+    tensors = *inputs, value_n, w_n, weight_n, dlogit_nr, w_or
     arrays = [None if t is None else t.detach().contiguous().numpy() for t in tensors]
     kernel = compiled(score_rows)
-
-    def share(first: int, last: int) -> np.ndarray:
-        w_r = np.zeros(n_regions, F)
-        kernel(first, last, *arrays, w_r)
-        return w_r
-
-    return value_n, dlogit_nr, torch.from_numpy(sum(on_threads(share, n, n * n_regions))), w_n
+    on_threads(lambda first, last: kernel(first * BLOCK, min(last * BLOCK, n), *arrays), len(w_or), n * n_regions)
+    return value_n, dlogit_nr, w_or.sum(0), w_n

@@ -118,7 +118,7 @@ def _score_draws(
 
         logit, library, theta, dropout = (t if _shared(t, log_theta) else t.flatten(0, 1) for t in inputs)
         return kernels.score(
-            counts.start, counts.col_m, counts.value_m.float(), logit, library, theta, dropout, weight=None
+            counts.start, counts.col_m, counts.value_m.float(), logit, library, theta, dropout, weight_n=None
         )[0].view(s, n)
     draws = [[t if _shared(t, log_theta) else t[i] for t in inputs] for i in range(s)]
     return torch.stack([_score(parts, counts, *one) for one in draws])
@@ -142,42 +142,62 @@ class _Score(torch.autograd.Function):
         log_theta: Tensor | None,
         dropout_ng: Tensor | None,
     ) -> Tensor:
-        if not torch.compiler.is_compiling() and logit_ng.device.type == "cpu" and logit_ng.dtype == torch.float32:
+        inputs = logit_ng, library_n, log_theta, dropout_ng
+        ctx.compiled = is_compiled_for(logit_ng)
+        if ctx.compiled:
             from scvi_lite.distributions import kernels
 
-            ctx.weight = -1 / max(1, logit_ng.shape[0])
-            weight = ctx.weight if any(ctx.needs_input_grad) else None
-            value_n, derivatives = kernels.score(start, col_m, x_m, logit_ng, library_n, log_theta, dropout_ng, weight)
+            weight_n = foreseen(logit_ng[:, 0]) if any(ctx.needs_input_grad) else None
+            value_n, derivatives = kernels.score(start, col_m, x_m, *inputs, weight_n)
+            ctx.save_for_backward(start, col_m, x_m, *inputs, *derivatives)
         else:
-            ctx.weight = 1.0
-            inputs = logit_ng, library_n, log_theta, dropout_ng
             value_n, derivatives = _value_and_derivatives(parts, rows_of(start, col_m), col_m, x_m, *inputs)
-        ctx.save_for_backward(*derivatives)
+            ctx.save_for_backward(*derivatives)
         ctx.theta_per_gene = log_theta is not None and log_theta.ndim == 1
         return value_n
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, up_n: Tensor) -> tuple[Tensor | None, ...]:
-        dlogit_ng, dlibrary_n, dtheta_ng, ddropout_ng = ctx.saved_tensors
-        need_logit, need_library, need_theta, need_dropout = ctx.needs_input_grad[4:]
-        scale_n = up_n if ctx.weight == 1 else up_n / ctx.weight
-        # Descending the mean over cells, as nearly every loss does, nothing is left to scale.
-        as_foreseen = ctx.weight != 1 and bool((up_n == ctx.weight).all())
+        if ctx.compiled:
+            inputs, derivatives = ctx.saved_tensors[:7], list(ctx.saved_tensors[7:])
+            share = share_of_foreseen(up_n)
+            if share is None:
+                from scvi_lite.distributions import kernels
 
-        def scaled(gradient_ng: Tensor) -> Tensor:
-            return gradient_ng if as_foreseen else gradient_ng * scale_n[:, None]
+                derivatives = list(kernels.score(*(*inputs, up_n))[1])
+            elif share != 1:
+                derivatives = [None if d is None else d * share for d in derivatives]
+        else:
+            dlogit_ng, dlibrary_n, dtheta_ng, ddropout_ng = ctx.saved_tensors
+            dtheta = None
+            if dtheta_ng is not None:
+                dtheta = up_n @ dtheta_ng if ctx.theta_per_gene else dtheta_ng * up_n[:, None]
+            derivatives = [
+                dlogit_ng * up_n[:, None],
+                None if dlibrary_n is None else dlibrary_n * up_n,
+                dtheta,
+                None if ddropout_ng is None else ddropout_ng * up_n[:, None],
+            ]
+        needed = ctx.needs_input_grad[4:]
+        return *(None,) * 4, *(d if need else None for d, need in zip(derivatives, needed, strict=True))
 
-        dtheta = None
-        if need_theta:
-            dtheta = scale_n @ dtheta_ng if ctx.theta_per_gene else scaled(dtheta_ng)
-        return (
-            *(None,) * 4,
-            scaled(dlogit_ng) if need_logit else None,
-            dlibrary_n * scale_n if need_library else None,
-            dtheta,
-            scaled(ddropout_ng) if need_dropout else None,
-        )
+
+def is_compiled_for(logit_ng: Tensor) -> bool:
+    """Whether Numba computes what PyTorch computes elsewhere."""
+    return not torch.compiler.is_compiling() and logit_ng.device.type == "cpu" and logit_ng.dtype == torch.float32
+
+
+def foreseen(value_n: Tensor) -> Tensor:
+    """What comes back to each cell's log-likelihood where minus their mean is descended, as by nearly every loss."""
+    return torch.full_like(value_n, -1 / max(1, value_n.shape[0]))
+
+
+def share_of_foreseen(up_n: Tensor) -> float | None:
+    """What came back as a multiple of what was foreseen; None if that is not the same for all cells."""
+    if up_n.shape[0] == 0 or not bool((up_n == up_n[0]).all()):
+        return None
+    return float(up_n[0] / foreseen(up_n)[0])
 
 
 def _value_and_derivatives(

@@ -26,6 +26,8 @@ F, INT, U = np.float32, np.int32, np.uint64
 # Up to here lgamma(x + theta) - lgamma(theta) is the logarithm of a product that a double holds.
 MAX_PRODUCT = 16
 LOG_FACTORIAL = np.array([math.lgamma(x + 1.0) for x in range(MAX_PRODUCT + 1)])
+# What all cells are added to is first added up for so many of them, so that the sum is the same on any threads.
+BLOCK = 8
 # A theta below is nothing beside nearly any mean.
 TINY = F(1e-17)
 
@@ -310,13 +312,13 @@ def to_logit(i, weight, share, e_g, dmu_ng):
 
 
 def score_rows(
-    first, last, start, col_m, x_m, logit_ng, top_n, library_n, log_theta_tg, theta_tg, table_xg2, dropout_ng, weight_n,
-    value_n, dlibrary_n, dlogit_ng, ddropout_ng, dtheta_og,
+    first, last, block, start, col_m, x_m, logit_ng, top_n, library_n, log_theta_tg, theta_tg, table_xg2, dropout_ng,
+    weight_n, value_n, dlibrary_n, dlogit_ng, ddropout_ng, dtheta_og,
 ):  # fmt: skip
     """Fill values, and derivatives times the weight of each row, of the rows first:last.
 
-    What a likelihood has no use for is None. Derivatives with respect to log theta are added up: all in one row, where
-    there is one. There may be several rows of rates for each cell, one draw after the other.
+    What a likelihood has no use for is None. Derivatives with respect to log theta are added up, those of ``block``
+    rows in one. There may be several rows of rates for each cell, one draw after the other.
     """
     n_genes, n_cells = logit_ng.shape[1], start.shape[0] - 1
     e_g, zero_g, s_g, p_g = np.empty(n_genes, F), np.ones(n_genes, F), np.empty(n_genes, F), np.empty(n_genes, F)
@@ -325,7 +327,7 @@ def score_rows(
         lo, hi = start[i % n_cells], start[i % n_cells + 1]
         col_k, x_k = col_m[lo:hi], x_m[lo:hi]
         t = 0 if theta_tg is None else i % theta_tg.shape[0]
-        o = 0 if dtheta_og is None else i % dtheta_og.shape[0]
+        o = i // block
         weight = F(0) if weight_n is None else weight_n[i]
         total = exp_row(i, logit_ng, top_n[i], e_g)
         shift = 0.0 if library_n is None else library_n[i] - math.log(total)
@@ -380,22 +382,16 @@ def score(
     inputs = [start, col_m, x_m, logit_ng, top_n, library_n, log_theta_tg, theta_tg, table_xg2, dropout_ng, weight_n]
     value_n = torch.empty_like(top_n)
     dlibrary_n = dlogit_ng = ddropout_ng = dtheta = None
+    block = 1
     if weight_n is not None:
         dlibrary_n, dlogit_ng = torch.empty_like(top_n), logit_ng.new_empty(n, g)
         ddropout_ng = None if dropout_ng is None else logit_ng.new_empty(n, g)
-        dtheta = None if log_theta is None else log_theta.new_zeros(log_theta.shape)
-    outputs = value_n, dlibrary_n, dlogit_ng, ddropout_ng
+        block = BLOCK if log_theta is not None and log_theta.ndim == 1 else 1
+        dtheta = None if log_theta is None else log_theta.new_zeros(-(-n // block), g)
+    outputs = value_n, dlibrary_n, dlogit_ng, ddropout_ng, dtheta
     arrays = [None if t is None else t.detach().contiguous().numpy() for t in (*inputs, *outputs)]
     kernel = compiled(score_rows)
-
-    def share(first: int, last: int) -> np.ndarray | None:  # what all rows are added to, each thread has of its own
-        own_og = None
-        if dtheta is not None:
-            own_og = np.zeros((1, g), F) if dtheta.ndim == 1 else dtheta.numpy()
-        kernel(first, last, *arrays, own_og)
-        return own_og
-
-    shares = on_threads(share, n, n * g)
-    if dtheta is not None and dtheta.ndim == 1:
-        dtheta = torch.from_numpy(sum(shares)[0])
+    on_threads(lambda first, last: kernel(first * block, min(last * block, n), block, *arrays), -(-n // block), n * g)
+    if dtheta is not None:
+        dtheta = dtheta.sum(0) if block > 1 else dtheta.view_as(log_theta)
     return value_n, (dlogit_ng, None if library_n is None else dlibrary_n, dtheta, ddropout_ng)
