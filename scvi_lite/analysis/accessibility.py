@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scvi_lite.analysis.cells import chosen, find_cells, frame, mean_over, minibatches
 from scvi_lite.analysis.differential import Codes, batch_pairing, compare
 from scvi_lite.analysis.effects import levels, make_test
-from scvi_lite.analysis.expression import decode_draws, mean_over, minibatches
+from scvi_lite.analysis.expression import decode_draws
 from scvi_lite.analysis.groups import find_comparisons
 from scvi_lite.analysis.importance import draw_latent
-from scvi_lite.analysis.inputs import draw, minibatch_size, needs_counts, positions_of, to_numpy, whole_number
+from scvi_lite.analysis.inputs import minibatch_size, needs_counts, positions_of, to_numpy, whole_number
 from scvi_lite.data.checks import value_blocks
 from scvi_lite.errors import StateError, unknown
 
@@ -119,24 +120,20 @@ def get_normalized_accessibility(
     codes = model._batch_codes(transform_batch)
     if threshold is not None and not (isinstance(threshold, Real) and 0 <= threshold <= 1):
         raise ValueError(f"threshold={threshold!r}: a number from 0 to 1 is needed.")
-    adata = model._check(adata)
-    rows = model._rows(adata, indices)
-    if n_samples_overall is not None:
-        whole_number(n_samples_overall=n_samples_overall)
-        rows = draw(rows, n_samples_overall)
-    model._warn_if_untrained()
+    adata, rows = find_cells(model, adata, indices, n_samples_overall)
     parts = iter([(slice(0, len(rows)), torch.empty(len(rows), 0))])
     if names:
         parts = _probabilities(
             model, adata, rows, codes, regions, use_z_mean, normalize_cells, normalize_regions, batch_size
         )
+    n_regions = len(names) if regions is None else len(regions)
     if threshold is None:
-        value = np.empty((len(rows), len(names) if regions is None else len(regions)), dtype=np.float32)
+        value = np.empty((len(rows), n_regions), dtype=np.float32)
         for cells, p_nr in parts:
             value[cells] = p_nr.cpu()
     else:
-        value = _above(threshold, parts, len(names) if regions is None else len(regions))
-    return value if return_numpy else _frame(value, adata, rows, names, regions)
+        value = _above(threshold, parts, n_regions)
+    return value if return_numpy else frame(value, adata.obs_names[rows], names, regions)
 
 
 def _probabilities(
@@ -161,7 +158,7 @@ def _probabilities(
         if normalize_cells:
             p_nr = p_nr * model.module.depth(batch).sigmoid()[:, None]
         if factor_r is not None:
-            p_nr = p_nr * (factor_r if regions is None else factor_r[torch.from_numpy(regions).to(factor_r.device)])
+            p_nr = p_nr * chosen(factor_r, regions)
         yield cells, p_nr
 
 
@@ -170,8 +167,7 @@ def accessible(
 ) -> Tensor:
     """Accessibility (..., n, r) of a minibatch, decoded as from one batch."""
     batch = batch if code is None else batch.with_batch(code)
-    p_nr = model.module.decode_regions(z, depth_n, batch).p_nr
-    return p_nr if regions is None else p_nr[..., torch.from_numpy(regions).to(p_nr.device)]
+    return chosen(model.module.decode_regions(z, depth_n, batch).p_nr, regions)
 
 
 def _above(threshold: float, parts: Iterator[tuple[slice, Tensor]], n_regions: int) -> csr_matrix:
@@ -184,17 +180,6 @@ def _above(threshold: float, parts: Iterator[tuple[slice, Tensor]], n_regions: i
         start = np.concatenate([[0], np.cumsum(at.sum(1))])
         blocks.append(sparse.csr_matrix((value_nr[at], np.nonzero(at)[1].astype(np.int32), start), value_nr.shape))
     return sparse.vstack(blocks, format="csr")
-
-
-def _frame(
-    value: Any, adata: AnnData, rows: np.ndarray, names: Sequence[str], regions: np.ndarray | None
-) -> pd.DataFrame:
-    import pandas as pd
-
-    columns = pd.Index(names) if regions is None else pd.Index(names)[regions]
-    if isinstance(value, np.ndarray):
-        return pd.DataFrame(value, index=adata.obs_names[rows], columns=columns, copy=False)
-    return pd.DataFrame.sparse.from_spmatrix(value, index=adata.obs_names[rows], columns=columns)
 
 
 def get_library_size_factors(

@@ -6,7 +6,7 @@ doi:10.1038/s41592-018-0229-2
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scvi_lite.analysis.cells import check_samples, find_cells, frame, mean_over, minibatches, n_draws
 from scvi_lite.analysis.importance import draw_latent
-from scvi_lite.analysis.inputs import gene_positions, minibatch_size, whole_number
+from scvi_lite.analysis.inputs import gene_positions, minibatch_size
 from scvi_lite.errors import unknown
 
 if TYPE_CHECKING:
@@ -105,18 +106,13 @@ def get_normalized_expression(
     """
     genes = gene_positions(model, gene_list)
     codes = model._batch_codes(transform_batch)
-    whole_number(n_samples=n_samples)
     check_library_size(library_size)
     if weights not in (None, "uniform", "importance"):
         raise ValueError(unknown("weights", weights, ["uniform", "importance"]))
-    if n_samples_overall is not None:
-        whole_number(n_samples_overall=n_samples_overall)
-        if n_samples > 1:
-            raise ValueError("n_samples and n_samples_overall are given; use one of them.")
-    elif weights == "importance":
+    check_samples(n_samples, n_samples_overall)
+    if weights == "importance" and n_samples_overall is None:
         raise ValueError("weights='importance' weights draws from many cells: give n_samples_overall, e.g. 5000.")
-    adata, rows = _cells(model, adata, indices)
-    model._warn_if_untrained()
+    adata, rows = find_cells(model, adata, indices)
     if n_samples_overall is not None:
         rows, z_sk = draw_latent(
             model, adata, rows, n_samples_overall, weights or "uniform", importance_weighting_kwargs, batch_size
@@ -125,7 +121,7 @@ def get_normalized_expression(
     value = _per_cell(model, adata, rows, codes, genes, library_size, n_samples, batch_size, return_mean, silent)
     if return_numpy or value.ndim == 3:
         return value
-    return as_frame(model, value, adata, rows, genes)
+    return frame(value, adata.obs_names[rows], model._gene_names, genes)
 
 
 def _per_cell(
@@ -150,7 +146,7 @@ def _per_cell(
     for cells, batch in minibatches(model, adata, rows, size, silent):
         q = model.module.encode(batch)
         z = q.sample_z(n_samples if several else None)
-        library_n = log_library(model, batch, q, library_size, n_samples if several else None)
+        library_n = log_library(model, batch, q, library_size, n_draws(z))
         if len(codes) == 1 and not several:
             expected(model, z, library_n, batch, codes[0], genes, out[cells])
             continue
@@ -251,48 +247,9 @@ def draw_library(model: Model, batch: Batch, q: Posterior, n_samples: int | None
     return model.module.library(batch, q) if q.library_scale_n is None else q.sample_library(n_samples)
 
 
-def mean_over(codes: Sequence[int | None], value_of: Any) -> Tensor:
-    """The mean of ``value_of(code)`` over the codes, one at a time."""
-    total = value_of(codes[0])
-    for code in codes[1:]:
-        total += value_of(code)
-    return total if len(codes) == 1 else total / len(codes)
-
-
 def check_library_size(library_size: float | str) -> None:
     """Refuse what is neither a positive number nor ``"latent"``."""
     if isinstance(library_size, str) and library_size != "latent":
         raise ValueError(unknown("library_size", library_size, ["latent"], "a positive number or 'latent'"))
     if not isinstance(library_size, str) and not (isinstance(library_size, Real) and 0 < library_size < math.inf):
         raise ValueError(f"library_size={library_size!r}: a positive number, or 'latent', is needed.")
-
-
-def _cells(model: Model, adata: AnnData | None, indices: Any) -> tuple[AnnData, np.ndarray]:
-    adata = model._check(adata)
-    return adata, model._rows(adata, indices)
-
-
-def minibatches(
-    model: Model, adata: AnnData, rows: np.ndarray, size: int, silent: bool = True, with_counts: bool = True
-) -> Iterator[tuple[slice, Batch]]:
-    """Minibatches, and where their cells are among the rows."""
-    from tqdm.auto import tqdm
-
-    start = 0
-    with tqdm(total=len(rows), disable=silent, unit="cell") as bar:
-        for batch in model._minibatches(adata, rows, size, with_counts):
-            yield slice(start, start + batch.n_cells), batch
-            start += batch.n_cells
-            bar.update(batch.n_cells)
-
-
-def as_frame(
-    model: Model, value: np.ndarray, adata: AnnData, rows: np.ndarray, genes: np.ndarray | None
-) -> pd.DataFrame:
-    """Values (n, g) with the names of cells and genes."""
-    import pandas as pd
-
-    names = pd.Index(model._gene_names)
-    return pd.DataFrame(
-        value, index=adata.obs_names[rows], columns=names if genes is None else names[genes], copy=False
-    )

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scvi_lite.analysis.cells import Parts, ask_cells, chosen, find_cells, n_draws
 from scvi_lite.analysis.expression import draw_library, select_genes
-from scvi_lite.analysis.inputs import gene_positions, whole_number
-from scvi_lite.analysis.predictive import correlation, denoised
-from scvi_lite.analysis.proteins import Parts, ask_cells, chosen, n_draws, protein_positions
-from scvi_lite.errors import unknown
+from scvi_lite.analysis.inputs import gene_positions
+from scvi_lite.analysis.predictive import check_correlation, check_several, correlation, denoised, parameters_of
+from scvi_lite.analysis.proteins import protein_positions
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,18 +58,15 @@ def get_likelihood_parameters(
     def ask(batch: Batch, q: Posterior, z: Tensor) -> Parts:
         rates, proteins = model.module.decode_both(z, draw_library(model, batch, q, n_draws(z)), batch)
         efficiency_np = proteins.log_efficiency.exp()
-        parts = {
-            "mean": rates.mu_ng,
+        return parameters_of(rates) | {
             "protein_background": proteins.back_np * efficiency_np,
             "protein_foreground": proteins.fore_np * efficiency_np,
             "protein_mixing": proteins.mixing_np.sigmoid(),
             "protein_dispersions": proteins.log_theta.exp().expand_as(proteins.mixing_np),
         }
-        if rates.log_theta is not None:
-            parts["dispersions"] = rates.log_theta.exp().expand_as(rates.mu_ng)
-        return parts if rates.dropout_ng is None else {**parts, "dropout": rates.dropout_ng.sigmoid()}
 
-    return ask_cells(model, adata, indices, [None], ask, n_samples, None, batch_size, give_mean, True)[0]
+    cells = find_cells(model, adata, indices)
+    return ask_cells(model, *cells, ask, n_samples=n_samples, average=give_mean, draws_last=True, batch_size=batch_size)
 
 
 def posterior_predictive_sample(
@@ -106,7 +103,8 @@ def posterior_predictive_sample(
             names["proteins_np"]: chosen(of_proteins.sample(), proteins),
         }
 
-    return ask_cells(model, adata, indices, codes, ask, n_samples, None, batch_size, False, True)[0]
+    cells = find_cells(model, adata, indices)
+    return ask_cells(model, *cells, ask, codes, n_samples, average=False, draws_last=True, batch_size=batch_size)
 
 
 def get_feature_correlation_matrix(
@@ -148,25 +146,20 @@ def get_feature_correlation_matrix(
     """
     import pandas as pd
 
-    if correlation_type not in ("spearman", "pearson"):
-        raise ValueError(unknown("correlation_type", correlation_type, ["spearman", "pearson"]))
-    if not rna_size_factor > 0:
-        raise ValueError(f"rna_size_factor={rna_size_factor!r}: a positive number is needed.")
+    check_correlation(correlation_type, rna_size_factor, n_samples)
     codes = model._batch_codes(transform_batch)
-    whole_number(n_samples=n_samples)
 
     def ask(batch: Batch, q: Posterior, z: Tensor) -> Parts:
         library_n = torch.full_like(batch.total_n, float(rna_size_factor)).log()
         rates, proteins = model.module.decode_both(z, library_n, batch)
         return {"rate": torch.cat([denoised(rates), proteins.sample(denoised=True)], -1)}
 
+    adata, rows = find_cells(model, adata, indices)
+    check_several(rows)
     names = [*model._gene_names, *model.protein_names]
     total_ff = np.zeros((len(names), len(names)))
     for code in codes:
         for _ in range(n_samples):
-            values, cells = ask_cells(model, adata, indices, [code], ask, 1, None, batch_size, True, silent)
-            if len(cells) < 2:
-                raise ValueError(f"indices: {len(cells)} cells were given; a correlation needs at least two.")
-            rate_nf = np.log1p(values["rate"]) if log_transform else values["rate"]
-            total_ff += correlation(rate_nf, correlation_type)
+            rate_nf = ask_cells(model, adata, rows, ask, [code], batch_size=batch_size, silent=silent)["rate"]
+            total_ff += correlation(np.log1p(rate_nf) if log_transform else rate_nf, correlation_type)
     return pd.DataFrame(total_ff / (len(codes) * n_samples), index=names, columns=names)

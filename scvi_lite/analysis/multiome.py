@@ -13,11 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scvi_lite.analysis.expression import expected, mean_over, minibatches
+from scvi_lite.analysis.cells import ask_cells, find_cells, frame
+from scvi_lite.analysis.expression import expected
 from scvi_lite.analysis.inputs import (
-    draw,
     gene_positions,
-    minibatch_size,
     needs_counts,
     to_numpy,
     whole_number,
@@ -143,18 +142,21 @@ def get_normalized_expression(
     IndexError
         If ``indices`` has rows that do not exist.
     """
-    genes = gene_positions(model, gene_list)
-    names = model._gene_names if genes is None else [model._gene_names[i] for i in genes]
-    return _decoded(
-        model, lambda batch, z: expected(model, z, None, batch, None, genes), names, adata, indices, n_samples_overall,
-        transform_batch, use_z_mean, n_samples, batch_size, return_mean, return_numpy, silent,
+    genes, names = gene_positions(model, gene_list), model._gene_names
+
+    def proportions(batch: Batch, z: Tensor) -> Tensor:
+        return expected(model, z, None, batch, None, genes) if names else z[..., :0]
+
+    value, cells = _decoded(
+        model, proportions, adata, indices, n_samples_overall, transform_batch, use_z_mean,
+        n_samples, batch_size, return_mean, silent,
     )  # fmt: skip
+    return value if return_numpy or value.ndim == 3 else frame(value, cells, names, genes)
 
 
 def _decoded(
     model: Model,
     value_of: Callable[[Batch, Tensor], Tensor],
-    names: Sequence[str],
     adata: Data | None,
     indices: Any,
     n_samples_overall: int | None,
@@ -163,36 +165,21 @@ def _decoded(
     n_samples: int,
     batch_size: int | None,
     return_mean: bool,
-    return_numpy: bool,
     silent: bool,
-) -> pd.DataFrame | np.ndarray:
-    """What a decoder says at the posterior mean of cells, or at draws: (n, features), or (s, n, features)."""
+    draws_last: bool = False,
+) -> tuple[np.ndarray, pd.Index]:
+    """What a decoder says at the posterior mean of cells, or at draws; and the names of the cells."""
     codes = model._batch_codes(transform_batch)
     whole_number(n_samples=n_samples)
     if n_samples > 1 and use_z_mean:
         warn(f"n_samples={n_samples} changes nothing: the posterior mean is decoded. Give use_z_mean=False for draws.")
         n_samples = 1
-    adata = model._check(adata)
-    rows = model._rows(adata, indices)
-    if n_samples_overall is not None:
-        whole_number(n_samples_overall=n_samples_overall)
-        rows = draw(rows, n_samples_overall)
-    model._warn_if_untrained()
-    several = n_samples > 1
-    shape = (len(rows), len(names))
-    value = np.empty((n_samples, *shape) if several and not return_mean else shape, dtype=np.float32)
-    out = torch.from_numpy(value)
-    size = minibatch_size(batch_size, n_samples * model.module.config.n_genes)
-    for cells, batch in minibatches(model, adata, rows, size, silent) if names else ():
-        q = model.module.encode(batch)
-        z = q.z_loc_nk if use_z_mean else q.sample_z(n_samples if several else None)
-        mean = mean_over(codes, lambda code: value_of(batch if code is None else batch.with_batch(code), z))  # noqa: B023
-        out[..., cells, :] = mean.mean(0) if several and return_mean else mean
-    if return_numpy or value.ndim == 3:
-        return value
-    import pandas as pd
-
-    return pd.DataFrame(value, index=adata.obs_names[rows], columns=names, copy=False)
+    adata, rows = find_cells(model, adata, indices, n_samples_overall)
+    values = ask_cells(
+        model, adata, rows, lambda batch, q, z: {"value": value_of(batch, z)},
+        codes, n_samples, return_mean, use_z_mean, draws_last, batch_size, silent,
+    )  # fmt: skip
+    return values["value"], adata.obs_names[rows]
 
 
 def get_library_size_factors(
@@ -272,9 +259,8 @@ def get_protein_foreground_probability(
     def probability(batch: Batch, z: Tensor) -> Tensor:
         return answer(model, model.module.decode_proteins(z, batch).foreground_probability_np, proteins)
 
-    names = model.protein_names if proteins is None else [model.protein_names[i] for i in proteins]
-    value = _decoded(
-        model, probability, names, adata, indices, None, transform_batch, use_z_mean, n_samples, batch_size,
-        return_mean, bool(return_numpy), silent,
+    value, cells = _decoded(
+        model, probability, adata, indices, None, transform_batch, use_z_mean, n_samples, batch_size,
+        return_mean, silent, draws_last=True,
     )  # fmt: skip
-    return np.moveaxis(value, 0, -1) if value.ndim == 3 else value
+    return value if return_numpy or value.ndim == 3 else frame(value, cells, model.protein_names, proteins)

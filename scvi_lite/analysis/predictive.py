@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scvi_lite.analysis.expression import draw_library, minibatches, select_genes
+from scvi_lite.analysis.cells import Parts, ask_cells, find_cells, minibatches, n_draws
+from scvi_lite.analysis.expression import draw_library, select_genes
 from scvi_lite.analysis.inputs import gene_positions, minibatch_size, whole_number
 from scvi_lite.errors import unknown
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from scvi_lite.data.batch import Batch
     from scvi_lite.model.base import Model
     from scvi_lite.nn.rates import Rates
+    from scvi_lite.nn.vae import Posterior
 
 
 def posterior_predictive_sample(
@@ -78,9 +80,7 @@ def posterior_predictive_sample(
     genes = gene_positions(model, gene_list)
     codes = model._batch_codes(transform_batch)
     whole_number(n_samples=n_samples)
-    adata = model._check(adata)
-    rows = model._rows(adata, indices)
-    model._warn_if_untrained()
+    adata, rows = find_cells(model, adata, indices)
     n_genes = model.module.config.n_genes
     coordinates: list[Tensor] = []
     values: list[Tensor] = []
@@ -130,27 +130,22 @@ def get_likelihood_parameters(
     ValueError
         If ``n_samples`` is below 1.
     """
-    whole_number(n_samples=n_samples)
-    adata = model._check(adata)
-    rows = model._rows(adata, indices)
-    model._warn_if_untrained()
-    several, n_genes = n_samples > 1, model.module.config.n_genes
-    shape = (len(rows), n_genes) if give_mean or not several else (n_samples, len(rows), n_genes)
-    values: dict[str, np.ndarray] = {}
-    size = minibatch_size(batch_size, n_samples * n_genes)
-    for cells, batch in minibatches(model, adata, rows, size):
-        q = model.module.encode(batch)
-        n_draws = n_samples if several else None
-        rates = model.module.decode(q.sample_z(n_draws), draw_library(model, batch, q, n_draws), batch)
-        parameters = {"mean": rates.mu_ng}
-        if rates.dropout_ng is not None:
-            parameters["dropout"] = rates.dropout_ng.sigmoid()
-        if rates.log_theta is not None:
-            parameters["dispersions"] = rates.log_theta.exp().expand_as(rates.mu_ng)
-        for name, value in parameters.items():
-            whole = values.setdefault(name, np.empty(shape, dtype=np.float32))
-            torch.from_numpy(whole)[..., cells, :] = value.mean(0) if give_mean and several else value
-    return values
+
+    def ask(batch: Batch, q: Posterior, z: Tensor) -> Parts:
+        return parameters_of(model.module.decode(z, draw_library(model, batch, q, n_draws(z)), batch))
+
+    cells = find_cells(model, adata, indices)
+    return ask_cells(model, *cells, ask, n_samples=n_samples, average=give_mean, batch_size=batch_size)
+
+
+def parameters_of(rates: Rates) -> Parts:
+    """Parameters of the likelihood by name, (..., n, g) each."""
+    parameters = {"mean": rates.mu_ng}
+    if rates.dropout_ng is not None:
+        parameters["dropout"] = rates.dropout_ng.sigmoid()
+    if rates.log_theta is not None:
+        parameters["dispersions"] = rates.log_theta.exp().expand_as(rates.mu_ng)
+    return parameters
 
 
 def get_feature_correlation_matrix(
@@ -194,17 +189,10 @@ def get_feature_correlation_matrix(
     """
     import pandas as pd
 
-    if correlation_type not in ("spearman", "pearson"):
-        raise ValueError(unknown("correlation_type", correlation_type, ["spearman", "pearson"]))
+    check_correlation(correlation_type, rna_size_factor, n_samples)
     codes = model._batch_codes(transform_batch)
-    whole_number(n_samples=n_samples)
-    if not rna_size_factor > 0:
-        raise ValueError(f"rna_size_factor={rna_size_factor!r}: a positive number is needed.")
-    adata = model._check(adata)
-    rows = model._rows(adata, indices)
-    if len(rows) < 2:
-        raise ValueError(f"indices: {len(rows)} cells were given; a correlation needs at least two.")
-    model._warn_if_untrained()
+    adata, rows = find_cells(model, adata, indices)
+    check_several(rows)
     names, n_genes = model._gene_names, model.module.config.n_genes
     total_gg = np.zeros((n_genes, n_genes))
     rate = np.empty((len(rows), n_genes), dtype=np.float32)
@@ -215,6 +203,21 @@ def get_feature_correlation_matrix(
                 rate[cells] = denoised(draw_rates(model, batch, code, library_n)).cpu().numpy()
             total_gg += correlation(rate, correlation_type)
     return pd.DataFrame(total_gg / (len(codes) * n_samples), index=names, columns=names)
+
+
+def check_correlation(kind: str, size_factor: float, n_samples: int) -> None:
+    """Refuse what ``get_feature_correlation_matrix`` cannot do."""
+    if kind not in ("spearman", "pearson"):
+        raise ValueError(unknown("correlation_type", kind, ["spearman", "pearson"]))
+    if not size_factor > 0:
+        raise ValueError(f"rna_size_factor={size_factor!r}: a positive number is needed.")
+    whole_number(n_samples=n_samples)
+
+
+def check_several(rows: np.ndarray) -> None:
+    """Refuse a single cell, which correlates with nothing."""
+    if len(rows) < 2:
+        raise ValueError(f"indices: {len(rows)} cells were given; a correlation needs at least two.")
 
 
 def draw_rates(model: Model, batch: Batch, code: int | None = None, library_n: Tensor | None = None) -> Rates:

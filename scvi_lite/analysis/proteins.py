@@ -5,7 +5,7 @@ Proteins are given without the background of the antibodies, unless it is asked 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -13,13 +13,9 @@ import torch
 from torch import Tensor
 
 from scvi_lite.analysis import differential
-from scvi_lite.analysis.expression import (
-    check_library_size,
-    expected,
-    log_library,
-    minibatches,
-)
-from scvi_lite.analysis.inputs import draw, gene_positions, minibatch_size, positions_of, whole_number
+from scvi_lite.analysis.cells import Parts, ask_cells, check_samples, chosen, find_cells, frame, n_draws
+from scvi_lite.analysis.expression import check_library_size, expected, log_library
+from scvi_lite.analysis.inputs import gene_positions, positions_of
 from scvi_lite.errors import check_not_negative
 
 if TYPE_CHECKING:
@@ -34,7 +30,6 @@ if TYPE_CHECKING:
 
     Data: TypeAlias = AnnData | MuData
 
-Parts = dict[str, Tensor]  # what is asked of a minibatch, (..., n, features) each
 Frames = tuple["pd.DataFrame", "pd.DataFrame"] | tuple[np.ndarray, np.ndarray]
 
 
@@ -126,13 +121,16 @@ def get_normalized_expression(
         y_np = protein_value(rates, sample_protein_mixing, include_protein_background, scale_protein)
         return {"rna": expected(model, z, library_n, batch, None, genes), "protein": answer(model, y_np, proteins)}
 
-    values, names = ask_cells(
-        model, adata, indices, codes, ask, n_samples, n_samples_overall, batch_size, return_mean, silent
+    check_samples(n_samples, n_samples_overall)
+    adata, rows = find_cells(model, adata, indices, n_samples_overall)
+    values = ask_cells(
+        model, adata, rows, ask, codes, n_samples, return_mean, draws_last=True, batch_size=batch_size, silent=silent
     )
     rna, protein = values["rna"], values["protein"]
     if return_numpy or rna.ndim == 3:
         return rna, protein
-    return _frame(rna, names, model._gene_names, genes), _frame(protein, names, model.protein_names, proteins)
+    cells = adata.obs_names[rows]
+    return frame(rna, cells, model._gene_names, genes), frame(protein, cells, model.protein_names, proteins)
 
 
 def get_protein_foreground_probability(
@@ -163,9 +161,13 @@ def get_protein_foreground_probability(
         rates = model.module.decode_proteins(z, batch)
         return {"probability": answer(model, rates.foreground_probability_np, proteins)}
 
-    values, names = ask_cells(model, adata, indices, codes, ask, n_samples, None, batch_size, return_mean, silent)
-    value = values["probability"]
-    return value if return_numpy or value.ndim == 3 else _frame(value, names, model.protein_names, proteins)
+    adata, rows = find_cells(model, adata, indices)
+    value = ask_cells(
+        model, adata, rows, ask, codes, n_samples, return_mean, draws_last=True, batch_size=batch_size, silent=silent
+    )["probability"]
+    if return_numpy or value.ndim == 3:
+        return value
+    return frame(value, adata.obs_names[rows], model.protein_names, proteins)
 
 
 def get_protein_background_mean(
@@ -180,7 +182,7 @@ def get_protein_background_mean(
         rates = model.module.decode_proteins(z, batch)
         return {"mean": answer(model, (rates.back_loc_np + 0.5 * rates.back_scale_np**2).exp(), None)}
 
-    return ask_cells(model, adata, indices, [None], ask, 1, None, batch_size, True, True)[0]["mean"]
+    return ask_cells(model, *find_cells(model, adata, indices), ask, batch_size=batch_size)["mean"]
 
 
 def differential_expression(
@@ -262,62 +264,6 @@ def protein_positions(model: Model, protein_list: Sequence[str] | None) -> np.nd
     return positions_of("protein_list", protein_list, model.protein_names, "proteins")
 
 
-def chosen(value: Tensor, positions: np.ndarray | None) -> Tensor:
-    """Some of the features, or all."""
-    return value if positions is None else value[..., torch.from_numpy(positions).to(value.device)]
-
-
 def answer(model: Model, value_np: Tensor, positions: np.ndarray | None) -> Tensor:
     """Some of the proteins, or all; NaN for those that no cell was measured for, of which nothing was learned."""
     return chosen(torch.where(model.module.measured_p, value_np, torch.nan), positions)
-
-
-def n_draws(z: Tensor) -> int | None:
-    """How many draws there are of each cell, where these are a dimension of their own."""
-    return len(z) if z.ndim == 3 else None
-
-
-def ask_cells(
-    model: Model,
-    adata: Data | None,
-    indices: Any,
-    codes: Sequence[int | None],
-    ask: Callable[[Batch, Posterior, Tensor], Parts],
-    n_samples: int,
-    n_samples_overall: int | None,
-    batch_size: int | None,
-    return_mean: bool,
-    silent: bool,
-) -> tuple[dict[str, np.ndarray], pd.Index]:
-    """What is asked of each cell, averaged over batches and perhaps draws; and the names of the cells.
-
-    (n, features) each, or (n, features, s) with several draws that are not averaged.
-    """
-    whole_number(n_samples=n_samples, n_samples_overall=n_samples_overall or 1)
-    adata = model._check(adata)
-    rows = model._rows(adata, indices)
-    if n_samples_overall is not None:
-        if n_samples > 1:
-            raise ValueError("n_samples and n_samples_overall are given; use one of them.")
-        rows = draw(rows, n_samples_overall)
-    model._warn_if_untrained()
-    several = n_samples > 1
-    values: dict[str, np.ndarray] = {}
-    size = minibatch_size(batch_size, n_samples * model.module.config.n_inputs)
-    for cells, batch in minibatches(model, adata, rows, size, silent):
-        q = model.module.encode(batch)
-        z = q.sample_z(n_samples if several else None)
-        for code in codes:
-            for name, value in ask(batch if code is None else batch.with_batch(code), q, z).items():
-                value = value.mean(0) if several and return_mean else value.movedim(0, -1) if several else value
-                shape = (len(rows), *value.shape[1:])
-                whole = torch.from_numpy(values.setdefault(name, np.zeros(shape, dtype=np.float32)))
-                whole[cells] += value.cpu() / len(codes)
-    return values, adata.obs_names[rows]
-
-
-def _frame(value: np.ndarray, cells: pd.Index, names: Sequence[str], positions: np.ndarray | None) -> pd.DataFrame:
-    import pandas as pd
-
-    columns = pd.Index(names)
-    return pd.DataFrame(value, index=cells, columns=columns if positions is None else columns[positions], copy=False)

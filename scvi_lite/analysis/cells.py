@@ -1,0 +1,144 @@
+"""The cells that a question is about: found, gone through in minibatches, asked, and named in the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scvi_lite.analysis.inputs import draw, minibatch_size, whole_number
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from anndata import AnnData
+    from mudata import MuData
+
+    from scvi_lite.data.batch import Batch
+    from scvi_lite.model.base import Model
+    from scvi_lite.nn.vae import Posterior
+
+    Data: TypeAlias = AnnData | MuData
+
+Parts = dict[str, Tensor]  # what is asked of a minibatch, (..., n, features) each
+
+
+def find_cells(model: Model, adata: Data | None, indices: Any, n_overall: int | None = None) -> tuple[Any, np.ndarray]:
+    """The data, which fit the model, and the rows of the cells asked about; or ``n_overall`` of them, drawn at random.
+
+    Warns where the model is not trained.
+    """
+    adata = model._check(adata)
+    rows = model._rows(adata, indices)
+    if n_overall is not None:
+        whole_number(n_samples_overall=n_overall)
+        rows = draw(rows, n_overall)
+    model._warn_if_untrained()
+    return adata, rows
+
+
+def check_samples(n_samples: int, n_samples_overall: int | None) -> None:
+    """Refuse numbers of draws below 1, or both of each cell and overall."""
+    whole_number(n_samples=n_samples)
+    if n_samples_overall is not None:
+        whole_number(n_samples_overall=n_samples_overall)
+        if n_samples > 1:
+            raise ValueError("n_samples and n_samples_overall are given; use one of them.")
+
+
+def minibatches(
+    model: Model, adata: Data, rows: np.ndarray, size: int, silent: bool = True, with_counts: bool = True
+) -> Iterator[tuple[slice, Batch]]:
+    """Minibatches, and where their cells are among the rows."""
+    from tqdm.auto import tqdm
+
+    start = 0
+    with tqdm(total=len(rows), disable=silent, unit="cell") as bar:
+        for batch in model._minibatches(adata, rows, size, with_counts):
+            yield slice(start, start + batch.n_cells), batch
+            start += batch.n_cells
+            bar.update(batch.n_cells)
+
+
+def ask_cells(
+    model: Model,
+    adata: Data,
+    rows: np.ndarray,
+    ask: Callable[[Batch, Posterior, Tensor], Parts],
+    codes: Sequence[int | None] = (None,),
+    n_samples: int = 1,
+    average: bool = True,
+    at_mean: bool = False,
+    draws_last: bool = False,
+    batch_size: int | None = None,
+    silent: bool = True,
+) -> dict[str, np.ndarray]:
+    """What is asked of each cell, at draws from its posterior, averaged over batches and perhaps draws.
+
+    Parameters
+    ----------
+    ask
+        The question: of a minibatch, its posterior and positions z, (n, k) or (s, n, k).
+    codes
+        Batches to decode as; None for each cell's own.
+    n_samples, average
+        Draws of each cell, and whether to average them.
+    at_mean
+        Ask at the posterior mean instead.
+    draws_last
+        Where draws are not averaged, they are the last dimension of the answer, and not the first.
+
+    Returns
+    -------
+    dict
+        (n, features) float32 each; (s, n, features) with several draws that are not averaged.
+    """
+    whole_number(n_samples=n_samples)
+    several = n_samples > 1 and not at_mean
+    values: dict[str, np.ndarray] = {}
+    size = minibatch_size(batch_size, n_samples * model.module.config.n_inputs)
+    for cells, batch in minibatches(model, adata, rows, size, silent):
+        q = model.module.encode(batch)
+        z = q.z_loc_nk if at_mean else q.sample_z(n_samples if several else None)
+        parts: Parts = {}
+        for code in codes:
+            for name, value in ask(batch if code is None else batch.with_batch(code), q, z).items():
+                parts[name] = parts[name] + value if name in parts else value
+        for name, value in parts.items():
+            value = value.mean(0) if several and average else value
+            value = value if len(codes) == 1 else value / len(codes)
+            shape = (*value.shape[:-2], len(rows), value.shape[-1])
+            torch.from_numpy(values.setdefault(name, np.empty(shape, np.float32)))[..., cells, :] = value
+    if draws_last and several and not average:
+        return {name: np.moveaxis(value, 0, -1) for name, value in values.items()}
+    return values
+
+
+def n_draws(z: Tensor) -> int | None:
+    """How many draws there are of each cell, where these are a dimension of their own."""
+    return len(z) if z.ndim == 3 else None
+
+
+def chosen(value: Tensor, positions: np.ndarray | None) -> Tensor:
+    """Some of the features, or all."""
+    return value if positions is None else value[..., torch.from_numpy(positions).to(value.device)]
+
+
+def mean_over(codes: Sequence[int | None], value_of: Any) -> Tensor:
+    """The mean of ``value_of(code)`` over the codes, one at a time."""
+    total = value_of(codes[0])
+    for code in codes[1:]:
+        total += value_of(code)
+    return total if len(codes) == 1 else total / len(codes)
+
+
+def frame(value: Any, cells: pd.Index, names: Sequence[str], positions: np.ndarray | None = None) -> pd.DataFrame:
+    """Values (n, features), dense or sparse, with the names of cells and of the features, all or some."""
+    import pandas as pd
+
+    columns = pd.Index(names) if positions is None else pd.Index(names)[positions]
+    if isinstance(value, np.ndarray):
+        return pd.DataFrame(value, index=cells, columns=columns, copy=False)
+    return pd.DataFrame.sparse.from_spmatrix(value, index=cells, columns=columns)
