@@ -6,7 +6,6 @@ doi:10.1016/j.crmeth.2022.100182
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -16,11 +15,9 @@ import torch
 from torch import Tensor
 
 from scvi_lite.analysis.cells import chosen, find_cells, frame, mean_over, minibatches
-from scvi_lite.analysis.differential import Codes, batch_pairing, compare
+from scvi_lite.analysis.differential import Codes, Features, batch_pairing, compare, sampler_of
 from scvi_lite.analysis.effects import levels, make_test
-from scvi_lite.analysis.expression import decode_draws
 from scvi_lite.analysis.groups import find_comparisons
-from scvi_lite.analysis.importance import draw_latent
 from scvi_lite.analysis.inputs import minibatch_size, needs_counts, positions_of, to_numpy, whole_number
 from scvi_lite.data.checks import value_blocks
 from scvi_lite.errors import StateError, unknown
@@ -313,20 +310,9 @@ def differential_accessibility(
     adata = model._check(adata)
     comparisons = find_comparisons(model, adata, groupby, group1, group2, idx1, idx2)
     model._warn_if_untrained()
-    n_turns = math.lcm(*map(len, codes))
-
-    def sampler(rows: np.ndarray, codes: Codes) -> np.ndarray:
-        n = -(-n_samples_overall // n_turns) * n_turns
-        rows, z_sk = draw_latent(model, adata, rows, n, "uniform", None, batch_size)
-        return decode_draws(
-            model, adata, rows, z_sk, codes, each_in_turn=True, batch_size=batch_size,
-            value_of=accessible, n_features=len(model._region_names),
-        )  # fmt: skip
-
-    table = compare(
-        model, adata, comparisons, sampler, test, codes, model._region_names,
-        all_stats=all_stats, silent=silent, fields=[model._region_field],
-    )  # fmt: skip
+    regions = Features(model._region_names, accessible, [model._region_field])
+    sampler = sampler_of(model, adata, regions, codes, n_samples_overall, batch_size)
+    table = compare(model, adata, comparisons, sampler, test, codes, regions, all_stats=all_stats, silent=silent)
     return _renamed(table, f"is_de_fdr_{target}")
 
 

@@ -34,21 +34,21 @@ Sampler = Callable[[np.ndarray, Codes], np.ndarray]  # rows of a population, bat
 
 @dataclass(frozen=True)
 class Features:
-    """What is compared beside, or instead of, genes.
+    """What is compared: genes, or other features beside or instead of them.
 
     Attributes
     ----------
     names
         Names of the features.
     value_of
-        What a decoder says about them, asked as :func:`~scvi_lite.analysis.expression.expected` is.
+        What a decoder says about them, asked as :func:`~scvi_lite.analysis.expression.expected` is, which is None.
     fields
         Where their counts are, side by side.
     """
 
     names: Sequence[str]
-    value_of: ValueOf
-    fields: Sequence[str]
+    value_of: ValueOf | None = None
+    fields: Sequence[str] = ("x",)
 
 
 OUTLIERS = 0.1  # share of the cells that the filter removes
@@ -184,13 +184,7 @@ def differential_expression(
     """
     if change_fn is not None and not callable(change_fn) and change_fn != "log-fold":
         raise ValueError(unknown("change_fn", change_fn, ["log-fold"], "a function or an option"))
-    if weights not in (None, "uniform", "importance"):
-        raise ValueError(unknown("weights", weights, ["uniform", "importance"]))
-    if weights == "importance":
-        needs_counts(model, "weights='importance'")
-    check_options(
-        "importance_weighting_kwargs", as_options("importance_weighting_kwargs", importance_weighting_kwargs), OPTIONS
-    )
+    check_weights(model, weights, importance_weighting_kwargs)
     whole_number(n_samples_overall=n_samples_overall, m_permutation=m_permutation)
     test = make_test(
         mode,
@@ -206,23 +200,51 @@ def differential_expression(
     adata = model._check(adata)
     comparisons = find_comparisons(model, adata, groupby, group1, group2, idx1, idx2)
     model._warn_if_untrained()
-    names = model._gene_names if features is None else features.names
-    n_turns = math.lcm(*map(len, codes))  # each batch gets the same number of draws
-
-    def sampler(rows: np.ndarray, codes: Codes) -> np.ndarray:
-        rows = inliers(model, adata, rows, batch_size) if filter_outlier_cells else rows
-        n = -(-n_samples_overall // n_turns) * n_turns
-        rows, z_sk = draw_latent(model, adata, rows, n, weights or "uniform", importance_weighting_kwargs, batch_size)
-        return decode_draws(
-            model, adata, rows, z_sk, codes, each_in_turn=True, batch_size=batch_size,
-            value_of=features.value_of if features else None, n_features=len(names),
-        )  # fmt: skip
-
+    features = features or Features(model._gene_names)
+    sampler = sampler_of(
+        model, adata, features, codes, n_samples_overall, batch_size, weights or "uniform",
+        importance_weighting_kwargs, filter_outlier_cells,
+    )  # fmt: skip
     return compare(
-        model, adata, comparisons, sampler, test, codes, names, fields=features.fields if features else ["x"],
+        model, adata, comparisons, sampler, test, codes, features,
         all_stats=all_stats, silent=silent, threshold_counts=threshold_counts,
         n_permuted=m_permutation if use_permutation else None,
     )  # fmt: skip
+
+
+def check_weights(model: Model, weights: str | None, options: Mapping[str, Any] | None) -> None:
+    """Refuse weights that there are not, that the data do not allow, or options that they do not take."""
+    if weights not in (None, "uniform", "importance"):
+        raise ValueError(unknown("weights", weights, ["uniform", "importance"]))
+    if weights == "importance":
+        needs_counts(model, "weights='importance'")
+    check_options("importance_weighting_kwargs", as_options("importance_weighting_kwargs", options), OPTIONS)
+
+
+def sampler_of(
+    model: Model,
+    adata: AnnData,
+    features: Features,
+    codes: tuple[Codes, Codes],
+    n_samples: int,
+    batch_size: int | None = None,
+    weights: str = "uniform",
+    importance_weighting_kwargs: Mapping[str, Any] | None = None,
+    without_outliers: bool = False,
+) -> Sampler:
+    """Draws of the features of a population: at least ``n_samples``, and as many from each of its batches."""
+    n_turns = math.lcm(*map(len, codes))
+    n = -(-n_samples // n_turns) * n_turns
+
+    def sampler(rows: np.ndarray, codes: Codes) -> np.ndarray:
+        rows = inliers(model, adata, rows, batch_size) if without_outliers else rows
+        rows, z_sk = draw_latent(model, adata, rows, n, weights, importance_weighting_kwargs, batch_size)
+        return decode_draws(
+            model, adata, rows, z_sk, codes, each_in_turn=True, batch_size=batch_size,
+            value_of=features.value_of, n_features=len(features.names),
+        )  # fmt: skip
+
+    return sampler
 
 
 def compare(
@@ -232,13 +254,12 @@ def compare(
     sampler: Sampler,
     test: Vanilla | Change,
     codes: tuple[Codes, Codes],
-    names: Sequence[str],
+    features: Features,
     *,
     all_stats: bool = True,
     silent: bool = False,
     threshold_counts: float = 0.01,
     n_permuted: int | None = None,
-    fields: Sequence[str] = ("x",),
 ) -> pd.DataFrame:
     """Compare populations feature by feature: what differential expression and accessibility share.
 
@@ -252,18 +273,16 @@ def compare(
         What is asked of the draws.
     codes
         Batches to decode each population as.
-    names
-        Names of the features.
-    fields
-        Where their counts are, side by side.
+    features
+        What is compared.
     """
     import pandas as pd
     from tqdm.auto import tqdm
 
-    if not names:
+    if not features.names:
         raise StateError("The model has no features of the kind that was asked for, so there is nothing to compare.")
     counted = not model.registry.fields["x"].get("minified")
-    statistics = feature_statistics(model, adata, comparisons, fields) if counted else []
+    statistics = feature_statistics(model, adata, comparisons, features.fields) if counted else []
     frames = []
     for i, comparison in enumerate(tqdm(comparisons, disable=silent, unit="comparison")):
         draws = []
@@ -272,7 +291,7 @@ def compare(
             if counted:
                 mean_g = statistics[2 * i + j]["raw_mean"]
             else:
-                mean_g = expected_mean(model, adata, rows, value_sg) if fields[0] == "x" else value_sg.mean(0)
+                mean_g = expected_mean(model, adata, rows, value_sg) if features.fields[0] == "x" else value_sg.mean(0)
             draws.append(Draws(value_sg, mean_g < threshold_counts))
         pairs = Pairs.make(len(value_sg), len(codes[0]), n_permuted, same_batches=codes[0] == codes[1])
         columns = test(draws[0], draws[1], pairs)
@@ -283,7 +302,7 @@ def compare(
         columns |= test.decide(columns)
         if comparison.name is not None:
             columns |= {"comparison": comparison.name, "group1": comparison.group1, "group2": comparison.group2}
-        frames.append(pd.DataFrame(columns, index=list(names)).iloc[surest_first(columns, test.sort_by)])
+        frames.append(pd.DataFrame(columns, index=list(features.names)).iloc[surest_first(columns, test.sort_by)])
     return pd.concat(frames)
 
 
