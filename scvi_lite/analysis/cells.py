@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,14 +13,11 @@ from scvi_lite.analysis.inputs import draw, minibatch_size, whole_number
 
 if TYPE_CHECKING:
     import pandas as pd
-    from anndata import AnnData
-    from mudata import MuData
 
     from scvi_lite.data.batch import Batch
+    from scvi_lite.data.modalities import Data
     from scvi_lite.model.base import Model
     from scvi_lite.nn.vae import Posterior
-
-    Data: TypeAlias = AnnData | MuData
 
 Parts = dict[str, Tensor]  # what is asked of a minibatch, (..., n, features) each
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,13 +28,10 @@ from scvi_lite.nn.vae import Posterior
 
 if TYPE_CHECKING:
     import pandas as pd
-    from anndata import AnnData
-    from mudata import MuData
 
     from scvi_lite.data.batch import Batch
+    from scvi_lite.data.modalities import Data
     from scvi_lite.model.base import Model
-
-    Data: TypeAlias = AnnData | MuData
 
 
 def get_latent_representation(

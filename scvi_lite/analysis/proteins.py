@@ -6,7 +6,7 @@ Proteins are given without the background of the antibodies, unless it is asked 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,15 +20,12 @@ from scvi_lite.errors import check_not_negative
 
 if TYPE_CHECKING:
     import pandas as pd
-    from anndata import AnnData
-    from mudata import MuData
 
     from scvi_lite.data.batch import Batch
+    from scvi_lite.data.modalities import Data
     from scvi_lite.model.base import Model
     from scvi_lite.nn.protein import ProteinRates
     from scvi_lite.nn.vae import Posterior
-
-    Data: TypeAlias = AnnData | MuData
 
 Frames = tuple["pd.DataFrame", "pd.DataFrame"] | tuple[np.ndarray, np.ndarray]
 

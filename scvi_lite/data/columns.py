@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -12,10 +12,9 @@ from scvi_lite.data.modalities import is_mudata, name_of, part_of, place_of
 from scvi_lite.errors import UnknownKeyError, listing, unknown, warn
 
 if TYPE_CHECKING:
-    from anndata import AnnData
     from mudata import MuData
 
-    Data: TypeAlias = AnnData | MuData
+    from scvi_lite.data.modalities import Data
 
 
 def obs_column(adata: Data, argument: str, key: str, modality: str | None = None) -> pd.Series:

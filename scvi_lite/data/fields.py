@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -18,10 +18,7 @@ from scvi_lite.data.modalities import name_of, part_of
 from scvi_lite.errors import UnknownKeyError, unknown
 
 if TYPE_CHECKING:
-    from anndata import AnnData
-    from mudata import MuData
-
-    Data: TypeAlias = AnnData | MuData
+    from scvi_lite.data.modalities import Data
 
 
 class Field(ABC):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -13,6 +13,8 @@ from scvi_lite.errors import UnknownKeyError, check_options, listing, unknown
 if TYPE_CHECKING:
     from anndata import AnnData
     from mudata import MuData
+
+    Data: TypeAlias = AnnData | MuData
 
 CURES = {
     "NoneType": "Give the data that setup_mudata was called with.",
@@ -28,19 +30,19 @@ def is_mudata(data: Any) -> bool:
     return mudata is not None and isinstance(data, mudata.MuData)
 
 
-def part_of(data: AnnData | MuData, modality: str | None) -> AnnData | MuData:
+def part_of(data: Data, modality: str | None) -> Data:
     """The AnnData of a modality; the data themselves where none is named."""
     return data if modality is None else data.mod[modality]
 
 
-def name_of(data: AnnData | MuData, modality: str | None) -> str:
+def name_of(data: Data, modality: str | None) -> str:
     """What to call it in a message."""
     if modality is not None:
         return f"mdata[{modality!r}]"
     return "mdata" if is_mudata(data) else "adata"
 
 
-def place_of(data: AnnData | MuData, modality: str | None) -> np.ndarray | None:
+def place_of(data: Data, modality: str | None) -> np.ndarray | None:
     """Row (n,) of each cell in a modality, -1 where it was not measured; None where the rows are the same."""
     if modality is None:
         return None

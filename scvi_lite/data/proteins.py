@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -15,10 +15,7 @@ from scvi_lite.data.modalities import name_of, part_of, place_of
 from scvi_lite.errors import UnknownKeyError, listing, unknown, warn
 
 if TYPE_CHECKING:
-    from anndata import AnnData
-    from mudata import MuData
-
-    Data: TypeAlias = AnnData | MuData
+    from scvi_lite.data.modalities import Data
 
 logger = logging.getLogger("scvi_lite")
 

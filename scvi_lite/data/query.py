@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -20,9 +20,8 @@ from scvi_lite.errors import UnknownKeyError, listing, warn
 
 if TYPE_CHECKING:
     from anndata import AnnData
-    from mudata import MuData
 
-    Data: TypeAlias = AnnData | MuData
+    from scvi_lite.data.modalities import Data
 
 
 def fill_genes(adata: AnnData, var_names: Sequence[str]) -> AnnData:

@@ -6,7 +6,7 @@ import json
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from scvi_lite.data.fields import Categorical, Categoricals, Continuous, Continuouses, Embedding, Field, Matrix
 from scvi_lite.data.labels import Labels
@@ -16,12 +16,9 @@ from scvi_lite.errors import StateError, UnknownKeyError, listing, unknown
 
 if TYPE_CHECKING:
     import numpy as np
-    from anndata import AnnData
-    from mudata import MuData
 
+    from scvi_lite.data.modalities import Data
     from scvi_lite.data.rows import Rows
-
-    Data: TypeAlias = AnnData | MuData
 
 FIELDS: tuple[type[Field], ...] = (
     Matrix, Categorical, Categoricals, Continuous, Continuouses, Embedding, Proteins, Labels,

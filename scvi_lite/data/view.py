@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -11,10 +11,7 @@ from scvi_lite.data.registry import Registry
 from scvi_lite.errors import UnknownKeyError, unknown
 
 if TYPE_CHECKING:
-    from anndata import AnnData
-    from mudata import MuData
-
-    Data: TypeAlias = AnnData | MuData
+    from scvi_lite.data.modalities import Data
 
 
 class RegistryKeys(NamedTuple):

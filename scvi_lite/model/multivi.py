@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from mudata import MuData
 
-    Data: TypeAlias = AnnData | MuData
+    from scvi_lite.data.modalities import Data
 
 
 class MULTIVI(Model):
@@ -284,10 +284,7 @@ class MULTIVI(Model):
 
         Statistics of the counts leave out the cells without RNA; the model's statements do not.
         """
-        return differential.differential_expression(
-            self, adata, groupby, group1, group2, idx1, idx2, mode, delta, batch_size, all_stats, batch_correction,
-            batchid1, batchid2, fdr_target, silent, pseudocounts=pseudocounts, **options,
-        )  # fmt: skip
+        return differential.differential_expression(self, adata, **arguments_of(locals()), **options)
 
     @classmethod
     def setup_anndata(
