@@ -177,7 +177,7 @@ class LinearSCVI(Model):
             raise ValueError(f"use_batch_norm={use_batch_norm!r}: True or False, for the linear decoder, is needed.")
         where = "both" if use_batch_norm else "encoder"
         config = configure(self.registry, arguments | {"use_batch_norm": where}, LinearConfig)
-        return LinearSCVIModule(config, library_prior(self.adata, self.registry) if config.latent_library else None)
+        return LinearSCVIModule(config, library_prior(self.adata, self.registry, config))
 
     @torch.inference_mode()
     def get_loadings(self) -> pd.DataFrame:

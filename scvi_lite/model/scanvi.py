@@ -120,7 +120,7 @@ class SCANVI(Model):
 
     def _make_module(self, arguments: dict[str, Any]) -> SCANVIModule:
         config = configure(self.registry, arguments, SCANVIConfig)
-        return SCANVIModule(config, library_prior(self.adata, self.registry) if config.latent_library else None)
+        return SCANVIModule(config, library_prior(self.adata, self.registry, config))
 
     @classmethod
     def setup_anndata(

@@ -134,8 +134,7 @@ class SCVI(Model):
 
     def _make_module(self, arguments: dict[str, Any]) -> SCVIModule:
         config = configure(self.registry, arguments)
-        prior = library_prior(self.adata, self.registry) if config.latent_library else None
-        return SCVIModule(config, prior)
+        return SCVIModule(config, library_prior(self.adata, self.registry, config))
 
     @classmethod
     def setup_anndata(

@@ -174,7 +174,7 @@ class TOTALVI(Model):
         return TOTALVIModule(
             config,
             torch.ones_like(measured_qp) if override else measured_qp,
-            library_prior(self.adata, self.registry) if config.latent_library else None,
+            library_prior(self.adata, self.registry, config),
             prior,
         )
 

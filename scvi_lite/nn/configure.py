@@ -64,8 +64,13 @@ def activation_name(activation: Any) -> Any:
     return {None: "exp", **{function: name for name, function in VARIANCE.items()}}.get(activation, activation)
 
 
-def library_prior(adata: AnnData, registry: Registry) -> tuple[Tensor, Tensor]:
-    """Mean and variance of the log total counts in each batch, each (b,); cells without counts are left out."""
+def library_prior(adata: AnnData, registry: Registry, config: VAEConfig) -> tuple[Tensor, Tensor] | None:
+    """Mean and variance of the log total counts in each batch, each (b,); cells without counts are left out.
+
+    None where the library size is no latent variable.
+    """
+    if not config.latent_library:
+        return None
     total_n = read_rows(registry.read(adata, "x"), registry.place(adata, "x")).totals().numpy().astype(np.float64)
     batch_n = registry.read(adata, "batch_n")
     loc_b, var_b = np.zeros(registry.n_batches), np.ones(registry.n_batches)
