@@ -675,3 +675,25 @@ def test_the_short_loop_gives_the_numbers_of_lightnings(adata, options):
 def test_what_the_short_loop_leaves_to_lightnings(model, options):
     model.train(max_epochs=1, batch_size=20, **options, **SILENT)
     assert model.trainer.fit_loop.epoch_loop.is_plain == ("detect_anomaly" in options)
+
+
+def test_a_lightning_that_is_not_known_trains_by_its_own_loop(adata, monkeypatch, caplog, tmp_path):
+    """Private names that the short loop needs may be gone there; a checkpoint of either goes on in the other."""
+    import lightning
+
+    scvi_lite.settings.seed = 0
+    options = {"max_epochs": 2, "batch_size": 20, **SILENT}
+    whole, half, rest = (SCVI(adata, n_hidden=4) for _ in range(3))
+    half.module.load_state_dict(whole.module.state_dict())
+    torch.manual_seed(1)
+    whole.train(**options)
+    torch.manual_seed(1)
+    keep = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=3)
+    half.train(**options | {"callbacks": keep, "max_steps": 3})
+    monkeypatch.setattr(lightning, "__version__", "2.7.0")
+    monkeypatch.setitem(sys.modules, "scvi_lite.train.loop", None)  # importing it fails
+    with caplog.at_level("INFO", logger="scvi_lite"):
+        rest.train(ckpt_path=tmp_path / "step=3.ckpt", callbacks=keep, **options)
+    assert type(rest.trainer.fit_loop.epoch_loop).__module__.startswith("lightning.")
+    assert sum("the loop of Lightning 2.7.0" in message for message in caplog.messages) == 1
+    torch.testing.assert_close(rest.module.state_dict(), whole.module.state_dict(), rtol=0, atol=0)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
+import lightning
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
@@ -12,7 +14,6 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 from scvi_lite.data.datamodule import CellDataModule
 from scvi_lite.train.callbacks import StopFlag, StopTogether, WarmEarlyStopping, handle_interrupts
 from scvi_lite.train.checkpoint import AtomicCheckpointIO
-from scvi_lite.train.loop import MinibatchLoop
 from scvi_lite.train.memory import kept_memory
 from scvi_lite.train.options import Stopping
 from scvi_lite.train.plan import is_of_validation
@@ -20,6 +21,10 @@ from scvi_lite.train.progress import Progress, choose_display
 from scvi_lite.train.quiet import quiet
 from scvi_lite.train.strategies import as_list
 from scvi_lite.train.task import Task
+
+logger = logging.getLogger("scvi_lite")
+
+SHORTENED = "2.6"  # Lightning, of whose loop over minibatches ours is a short form
 
 
 def fit(
@@ -67,7 +72,7 @@ def run(
     deterministic, dtype = torch.are_deterministic_algorithms_enabled(), next(task.module.parameters()).dtype
     with quiet():
         trainer = pl.Trainer(**(defaults | options | forced))
-        trainer.fit_loop.epoch_loop = MinibatchLoop(trainer, trainer.min_steps, trainer.max_steps)
+        shorten_loop(trainer)
         try:
             with handle_interrupts(stop), kept_memory():
                 trainer.fit(task, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
@@ -75,6 +80,20 @@ def run(
             task.module.to(trainer.strategy.root_device, dtype)
             torch.use_deterministic_algorithms(deterministic)
     return trainer, stop.requested
+
+
+def shorten_loop(trainer: pl.Trainer) -> None:
+    """Take the short loop over minibatches where it is known to do what Lightning's does; else leave Lightning's."""
+    if lightning.__version__.split(".")[:2] == SHORTENED.split("."):
+        from scvi_lite.train.loop import MinibatchLoop  # which needs private names of Lightning's
+
+        trainer.fit_loop.epoch_loop = MinibatchLoop(trainer, trainer.min_steps, trainer.max_steps)
+    elif trainer.is_global_zero:
+        logger.info(
+            "Training goes by the loop of Lightning %s: the short one, faster for small networks, is for Lightning %s.",
+            lightning.__version__,
+            SHORTENED,
+        )
 
 
 def stopping_callbacks(stopping: Stopping, root: Path, n_validation: int) -> list[pl.Callback]:
