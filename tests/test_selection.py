@@ -64,6 +64,10 @@ def test_columns_in_place_and_a_subset(adata):
 def test_wrong_calls(adata):
     with pytest.raises(KeyError, match="batch_key='bach'.*Did you mean 'batch'"):
         poisson_gene_selection(adata, batch_key="bach")
+    for factor in (-1, 0.25):
+        adata.layers["scaled"] = factor * adata.X
+        with pytest.raises(ValueError, match=r"layers\['scaled'\] holds fractions or negative numbers"):
+            poisson_gene_selection(adata, layer="scaled")
     with pytest.raises(ValueError, match="n_top_genes=0"):
         poisson_gene_selection(adata, n_top_genes=0)
     with pytest.raises(TypeError, match="has no option 'top'"):

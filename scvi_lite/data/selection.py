@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from scvi_lite.data.checks import check_counts, has_fractions, value_blocks
 from scvi_lite.data.fields import Categorical, Matrix
 from scvi_lite.data.registry import check_anndata
 from scvi_lite.data.rows import Rows
@@ -72,7 +73,7 @@ def poisson_gene_selection(
     KeyError
         If the column or layer does not exist.
     ValueError
-        If the matrix holds no counts, or ``n_top_genes`` is out of range.
+        If the matrix holds no counts, as fractions or negative numbers are none, or ``n_top_genes`` is out of range.
     TypeError
         If an option does not exist.
 
@@ -90,8 +91,15 @@ def poisson_gene_selection(
     if isinstance(n_top_genes, bool) or not isinstance(n_top_genes, int | np.integer) or n_top_genes < 1:
         raise ValueError(f"n_top_genes={n_top_genes!r}: a whole number of at least 1 is needed.")
     batch_n = Categorical.read(adata, Categorical("batch_n", "batch_key", batch_key).register(adata))
-    matrix = Matrix("x", layer)
-    observed_bg, expected_bg = zeros(Rows(matrix.read(adata, matrix.register(adata))), batch_n)
+    counts = Matrix.read(adata, {"layer": layer})
+    where = "adata.X" if layer is None else f"adata.layers[{layer!r}]"
+    check_counts(counts, where, counts=False)
+    if any(has_fractions(block) or (block < 0).any() for block in value_blocks(counts)):
+        raise ValueError(
+            f"{where} holds fractions or negative numbers, and zeros among raw counts are looked at. If the counts are "
+            "elsewhere, name their layer: layer=..."
+        )
+    observed_bg, expected_bg = zeros(Rows(counts), batch_n)
     enrichment_bg = observed_bg * (1 - expected_bg)
     rank_bg = enrichment_bg.argsort(1, kind="stable").argsort(1, kind="stable")
     rank_g = np.median(rank_bg, 0)
