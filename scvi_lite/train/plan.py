@@ -138,9 +138,8 @@ class Plan:
         >>> Plan(n_epochs_kl_warmup=4).kl_weight(1, 10, 0.1), Plan(n_steps_kl_warmup=0.2).kl_weight(1, 10, 0.1)
         (0.25, 0.5)
         """
-        done, length = (step, self.n_steps_kl_warmup) if self.n_steps_kl_warmup else (epoch, self.n_epochs_kl_warmup)
-        if self.warms_up_by_share:
-            done = share
+        length = self.n_steps_kl_warmup or self.n_epochs_kl_warmup
+        done = share if self.warms_up_by_share else step if self.n_steps_kl_warmup else epoch
         grown = min(1.0, done / length) if length else 1.0
         return self.min_kl_weight + (self.max_kl_weight - self.min_kl_weight) * grown
 
