@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from scvi_lite._compiled import compiled
+from scvi_lite._compiled import compiled, on_threads
 from scvi_lite.distributions.kernels import U
 
 
@@ -15,22 +16,30 @@ def by_feature(start: Tensor, col_m: Tensor, value_m: Tensor, n_features: int) -
     >>> by_feature(torch.tensor([0, 2, 3]), torch.tensor([0, 2, 0]), torch.tensor([5.0, 6.0, 7.0]), 3)
     (tensor([0, 2, 2, 3]), tensor([0, 1, 0]), tensor([5., 7., 6.]))
     """
-    sorted_ = start.new_zeros(n_features + 1), torch.empty_like(col_m), torch.empty_like(value_m)
-    compiled(_by_feature)(*(t.numpy() for t in (start, col_m, value_m, *sorted_)))
-    return sorted_
+    start_g, row_to, value_to = start.new_zeros(n_features + 1), torch.empty_like(col_m), torch.empty_like(value_m)
+    inputs, work = [start.numpy(), col_m.numpy()], len(col_m) // 2  # each thread looks at all
+    counter, placer, count_g = compiled(_count), compiled(_place), start_g[1:].numpy()
+    on_threads(lambda first, last: counter(first, last, *inputs, count_g), n_features, work)
+    torch.cumsum(start_g, 0, out=start_g)
+    arrays = [t.numpy() for t in (value_m, start_g[:-1].clone(), row_to, value_to)]
+    on_threads(lambda first, last: placer(first, last, *inputs, *arrays), n_features, work)
+    return start_g, row_to, value_to
 
 
-def _by_feature(start, col_m, value_m, start_g, row_to, value_to):
-    for m in range(col_m.shape[0]):
-        start_g[U(col_m[m] + 1)] += 1
-    for j in range(1, start_g.shape[0]):
-        start_g[j] += start_g[j - 1]
+def _count(first, last, start, col, count_g):
     for i in range(start.shape[0] - 1):
-        for m in range(start[i], start[i + 1]):
-            column = U(col_m[m])
-            to = U(start_g[column])
-            row_to[to], value_to[to] = i, value_m[m]
-            start_g[column] += 1
-    for j in range(start_g.shape[0] - 1, 0, -1):  # each points behind its feature by now: to the next one's beginning
-        start_g[j] = start_g[j - 1]
-    start_g[0] = 0
+        k = start[i] + np.searchsorted(col[start[i] : start[i + 1]], first)
+        while k < start[i + 1] and col[U(k)] < last:
+            count_g[U(col[U(k)])] += 1
+            k += 1
+
+
+def _place(first, last, start, col, value, next_g, row_to, value_to):
+    for i in range(start.shape[0] - 1):
+        k = start[i] + np.searchsorted(col[start[i] : start[i + 1]], first)
+        while k < start[i + 1] and col[U(k)] < last:
+            column = U(col[U(k)])
+            to = U(next_g[column])
+            row_to[to], value_to[to] = i, value[U(k)]
+            next_g[column] += 1
+            k += 1
