@@ -47,7 +47,7 @@ class Clock:
 
 
 def simulated(n_cells: int = 20_000, n_genes: int = 16_000) -> Any:
-    """Counts with about one non-zero in ten."""
+    """Counts of which about one in seven is above zero."""
     import anndata
     from scipy import sparse
 
