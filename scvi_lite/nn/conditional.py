@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from scvi_lite.data.batch import Batch
 from scvi_lite.errors import unknown
-from scvi_lite.nn.layers import Activation, Hidden
+from scvi_lite.nn.layers import Activation, Hidden, rows
 from scvi_lite.nn.module import Loss
 from scvi_lite.nn.normal import kl_normal, log_normal
 from scvi_lite.nn.rates import Rates
@@ -56,8 +56,8 @@ class LabelMixture:
         torch.Size([4])
         """
         height_lp = self.log_weight_lp + log_normal(self.loc_lpk, self.loc_lpk.detach(), self.scale_lpk).sum(-1)
-        distance = ((z.unsqueeze(-2) - self.loc_lpk[label_n]) / self.scale_lpk[label_n]).square().sum(-1)
-        log_prob = height_lp[label_n] - 0.5 * distance
+        distance = ((z.unsqueeze(-2) - rows(self.loc_lpk, label_n)) / rows(self.scale_lpk, label_n)).square().sum(-1)
+        log_prob = rows(height_lp, label_n) - 0.5 * distance
         top = log_prob.amax(-1, keepdim=True).detach()
         # What is too far away to count is kept from underflowing, which takes a CPU a hundred times as long.
         return (log_prob - top).clamp(min=-60).exp().sum(-1).log() + top.squeeze(-1)
@@ -105,7 +105,7 @@ class ConditionalDecoder(nn.Module):
 
     def forward(self, z: Tensor, label_n: Tensor, dense_nd: Tensor) -> Tensor:
         """Logits (..., n, g) at ``z`` (..., n, k) for cells of these labels."""
-        return self.scale(self.units(z, label_n, dense_nd)) + self.label_bias_lg[label_n]
+        return self.scale(self.units(z, label_n, dense_nd)) + rows(self.label_bias_lg, label_n)
 
     def units(self, z: Tensor, label_n: Tensor, dense_nd: Tensor) -> Tensor:
         """The hidden units (..., n, h) that the logits are made of."""

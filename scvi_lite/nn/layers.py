@@ -108,6 +108,16 @@ def dropout(h: Tensor, rate: float) -> Tensor:
     return h * (kept * (2**16 / (2**16 - threshold)))
 
 
+def rows(table: Tensor, code: Tensor) -> Tensor:
+    """The rows (..., *) of a table (l, *) that codes (...) name, as ``table[code]``, whose way back is slower.
+
+    >>> rows(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([1, 1]))
+    tensor([[3., 4.],
+            [3., 4.]])
+    """
+    return F.embedding(code, table.flatten(1)).view(*code.shape, *table.shape[1:])
+
+
 class Hidden(nn.Module):
     """A stack of blocks; covariates enter the first, or, deeply injected, every one.
 

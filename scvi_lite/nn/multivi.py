@@ -14,7 +14,7 @@ from torch.nn.functional import leaky_relu
 from scvi_lite.data.batch import Batch, Counts
 from scvi_lite.errors import unknown
 from scvi_lite.nn.accessibility import Accessibility, Head
-from scvi_lite.nn.layers import Encoder
+from scvi_lite.nn.layers import Encoder, rows
 from scvi_lite.nn.module import Loss
 from scvi_lite.nn.normal import kl_normal
 from scvi_lite.nn.protein import DISPERSIONS, LEARNT, ProteinDecoder, ProteinRates
@@ -304,7 +304,7 @@ class Proteins(nn.Module):
 
     def prior(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Location and scale of the log background in each cell's batch, (n, p) each."""
-        return self.background_loc[batch.batch_n], self.background_log_scale[batch.batch_n].exp()
+        return rows(self.background_loc, batch.batch_n), rows(self.background_log_scale, batch.batch_n).exp()
 
     def over_measured(self, value_np: Tensor, batch: Batch) -> Tensor:
         """Sum over the proteins that were measured in each cell's batch: (..., n, p) to (..., n)."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from scvi_lite.data.batch import Batch, Counts
 from scvi_lite.errors import unknown
-from scvi_lite.nn.layers import Hidden
+from scvi_lite.nn.layers import Hidden, rows
 from scvi_lite.nn.module import Loss
 from scvi_lite.nn.protein import DISPERSIONS, LEARNT, ProteinDecoder, ProteinRates, SkipHead
 from scvi_lite.nn.rates import Rates
@@ -193,7 +193,7 @@ class TOTALVIModule(CountVAE):
 
     def background_prior(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Location and scale of the log background in each cell's batch, (n, p) each."""
-        return self.background_loc[batch.batch_n], self.background_log_scale[batch.batch_n].exp()
+        return rows(self.background_loc, batch.batch_n), rows(self.background_log_scale, batch.batch_n).exp()
 
     def kl_given_z(self, z: Tensor, batch: Batch) -> Tensor:
         """KL of the background, (..., n), and what the priors of the panel's efficiency and of the mixing cost."""

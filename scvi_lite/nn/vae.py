@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from scvi_lite.data.batch import Batch, Counts
 from scvi_lite.errors import unknown
-from scvi_lite.nn.layers import VARIANCE, Activation, Encoder, Hidden
+from scvi_lite.nn.layers import VARIANCE, Activation, Encoder, Hidden, rows
 from scvi_lite.nn.module import Module
 from scvi_lite.nn.normal import draw_normal, kl_normal, log_normal
 from scvi_lite.nn.rates import LIKELIHOODS, Rates
@@ -269,8 +269,8 @@ class CountVAE(VAE):
 def by_code(log_theta: Tensor, dispersion: str, batch: Batch) -> Tensor:
     """The dispersion of each feature, or of each feature in the batch or label of each cell."""
     if dispersion.endswith("-batch"):
-        return log_theta[batch.batch_n]
-    return log_theta[batch.label_n] if dispersion.endswith("-label") else log_theta
+        return rows(log_theta, batch.batch_n)
+    return rows(log_theta, batch.label_n) if dispersion.endswith("-label") else log_theta
 
 
 class Decoder(nn.Module):
