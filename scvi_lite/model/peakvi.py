@@ -13,9 +13,9 @@ from torch.nn.functional import leaky_relu
 from scvi_lite.analysis import abundance, accessibility, latent, likelihood
 from scvi_lite.data.batch import Batch
 from scvi_lite.data.fields import Matrix, columns_of_obs
-from scvi_lite.errors import as_options, unknown, without_absent
+from scvi_lite.errors import as_options, unknown
 from scvi_lite.model import query
-from scvi_lite.model.base import ABSENT, Model, arguments_of
+from scvi_lite.model.base import Model, arguments_of
 from scvi_lite.nn.accessibility import Accessibility, Head, default_sizes
 from scvi_lite.nn.configure import configure
 from scvi_lite.nn.layers import Encoder
@@ -207,7 +207,7 @@ class PEAKVI(Model):
         **absent: Any,
     ):
         given = arguments_of(locals())
-        super().__init__(adata, given | without_absent("PEAKVI", absent, ABSENT, given))
+        super().__init__(adata, given | absent, given)
 
     def _make_module(self, arguments: dict[str, Any]) -> PEAKVIModule:
         options = dict(arguments)

@@ -12,9 +12,9 @@ from scvi_lite.analysis import abundance, importance, joint, latent, likelihood,
 from scvi_lite.data.fields import Categorical, Field, Matrix, columns_of_obs
 from scvi_lite.data.modalities import read_modalities
 from scvi_lite.data.proteins import Proteins
-from scvi_lite.errors import as_options, check_not_negative, without_absent
+from scvi_lite.errors import as_options, check_not_negative
 from scvi_lite.model import query
-from scvi_lite.model.base import ABSENT, Model, arguments_of
+from scvi_lite.model.base import Model, arguments_of
 from scvi_lite.nn.classifier import Adversary
 from scvi_lite.nn.configure import configure, library_prior
 from scvi_lite.nn.protein import background_prior
@@ -155,7 +155,7 @@ class TOTALVI(Model):
         **network_options: Any,
     ):
         given = arguments_of(locals())
-        super().__init__(adata, given | without_absent("TOTALVI", network_options, ABSENT, (*given, *NETWORK)))
+        super().__init__(adata, given | network_options, (*given, *NETWORK))
 
     def _make_module(self, arguments: dict[str, Any]) -> TOTALVIModule:
         options = dict(arguments)
