@@ -111,6 +111,8 @@ def setup_for(registry: Registry, adata: AnnData) -> Registry:
     What scvi-tools minified with counts counts as full.
     """
     stored = {name: where for name, where in STORED.items() if name in registry.fields}
+    if not stored:
+        return registry
     there = all(registry.fields[name]["key"] in getattr(adata, where) for name, where in stored.items())
     return registry if there and adata.uns.get(MINIFY_KEY) != WITH_COUNTS else setup_for_counts(registry)
 
