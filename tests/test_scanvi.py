@@ -80,6 +80,19 @@ def test_recorded_loss(monkeypatch):
 # What is learned ------------------------------------------------------------------------------------------------------
 
 
+def test_running_moments_move_as_in_scvi_tools():
+    """It runs encoder and classifier twice a step, the other networks once: 0.99² is left of what the moments were."""
+    model = small(share=1.0)
+    model.train(1, batch_size=120, train_size=1.0, plan_kwargs={"lr": 0.0}, **SILENT)
+    blocks = {part: model.module.get_submodule(part).hidden.blocks[0] for part in ("encoder", "classifier", "decoder")}
+    x_ng = torch.from_numpy(np.log1p(model.adata.to_df().to_numpy(np.float32)))
+    with torch.no_grad():
+        loc_h = blocks["encoder"].linear(x_ng).mean(0)
+    torch.testing.assert_close(blocks["encoder"].batch_norm.running_mean, (1 - 0.99**2) * loc_h)
+    momenta = {part: block.batch_norm.momentum for part, block in blocks.items()}
+    assert momenta == pytest.approx({"encoder": 1 - 0.99**2, "classifier": 1 - 0.99**2, "decoder": 0.01})
+
+
 def test_labels_the_other_cells():
     """Of simulated cells, 30 % labelled; about as well as neighbours among principal components."""
     adata = scvi_lite.data.simulate(n_cells=900, n_genes=100, n_types=4, seed=0)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from scvi_lite.data.batch import Batch
 from scvi_lite.errors import as_options, check_options
@@ -25,6 +25,8 @@ from scvi_lite.nn.vae import CountVAE, Posterior, VAEConfig
 
 CLASSIFIER_OPTIONS = ("logits", "n_hidden", "n_layers", "dropout_rate", "use_batch_norm", "use_layer_norm")
 N_BINS = 15  # of the calibration error
+# scvi-tools runs encoder and classifier twice a step, so their batch norm comes to know the data after half the steps.
+MOMENTUM_OF_TWO = 1 - (1 - 0.01) ** 2
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,9 @@ class SCANVIModule(CountVAE):
         self.z_decoder = conditional(0.0, 0.0, in_decoder)
         prior_l = torch.full((c.n_known,), 1 / c.n_known) if c.y_prior is None else torch.tensor(c.y_prior)
         self.register_buffer("label_prior", prior_l.float())
+        for norm in (part for whole in (self.encoder, self.classifier) for part in whole.modules()):
+            if isinstance(norm, nn.BatchNorm1d):
+                norm.momentum = MOMENTUM_OF_TWO
 
     def loss(self, batch: Batch, kl_weight: float | Tensor = 1.0, classification_ratio: float = 50.0) -> Loss:
         """Negative evidence lower bound with the label summed out, and the cross-entropy of the labels known.
