@@ -600,6 +600,8 @@ def test_first_features_and_given_depth(tmp_path):
     mdata = MuData({"rna": rna, "atac": atac})
     mdata.obs["total"], mdata.obs["depth"] = np.arange(1.0, 41), np.arange(1.0, 41) / 40
     MULTIVI.setup_mudata(mdata, size_factor_key=["total", "depth"], modalities=WHERE)
+    with pytest.warns(UserWarning, match="idx_layer has no effect"):
+        MULTIVI.setup_mudata(mdata, idx_layer="row", size_factor_key=["total", "depth"], modalities=WHERE)
     with pytest.warns(UserWarning, match="n_genes=7 of 20|n_regions=25 of 30"):
         model = MULTIVI(mdata, n_genes=7, n_regions=25, n_hidden=8, n_latent=2)
     model.train(1, **SILENT)

@@ -142,13 +142,16 @@ def test_forms_of_differential_accessibility(trained):
     assert "emp_prob1" not in bare and "comparison" not in bare and bare["is_da_fdr"].dtype == bool
     vanilla = model.differential_accessibility(groupby="kind", mode="vanilla", silent=True)
     assert "is_da_fdr" not in vanilla and len(vanilla) == 2 * model.adata.n_vars
-    torch.manual_seed(0)
-    one = model.differential_accessibility(groupby="kind", group1="first", change_fn="log-fold", silent=True)
-    torch.manual_seed(0)
-    other = model.differential_accessibility(
-        groupby="kind", group1="first", change_fn=lambda a, b: np.log2(a) - np.log2(b), silent=True
-    )
-    np.testing.assert_allclose(one["prob_da"], other.loc[one.index, "prob_da"], atol=2e-3)
+    question = {"groupby": "kind", "group1": "first", "silent": True}
+    for added, effect in (
+        (None, lambda a, b: np.log2(a) - np.log2(b)),
+        (1.0, lambda a, b: np.log2(a + 1) - np.log2(b + 1)),
+    ):
+        torch.manual_seed(0)
+        one = model.differential_accessibility(change_fn="log-fold", pseudocounts=added, **question)
+        torch.manual_seed(0)
+        other = model.differential_accessibility(change_fn=effect, **question)
+        np.testing.assert_allclose(one["prob_da"], other.loc[one.index, "prob_da"], atol=2e-3)
     with pytest.raises(ValueError, match="Did you mean 'log-fold'"):
         model.differential_accessibility(groupby="kind", change_fn="logfold")
 

@@ -223,6 +223,13 @@ def test_genes_and_proteins_differ_in_one_table(trained):
     assert table.loc["protein_0", "raw_mean1"] == pytest.approx(y.iloc[idx[0]]["protein_0"].mean(), rel=1e-5)
     with pytest.raises(TypeError, match="unexpected keyword"):
         model.differential_expression(groupby="kind", protein_prior=1)
+    for field, names in (("rna", model.adata.var_names), (["protein"], model.protein_names)):
+        alone = model.differential_expression(idx1=idx[0], idx2=idx[1], use_field=field, silent=True)
+        assert set(alone.index) == set(names)
+        np.testing.assert_allclose(alone["raw_mean1"], table.loc[alone.index, "raw_mean1"], rtol=1e-5)
+        assert np.corrcoef(alone["lfc_mean"], table.loc[alone.index, "lfc_mean"])[0, 1] > 0.95
+    with pytest.raises(ValueError, match="use_field='prot' is not an option. Did you mean 'protein'"):
+        model.differential_expression(idx1=[0], use_field="prot")
 
 
 def test_correlations_of_genes_and_proteins(trained):

@@ -245,6 +245,7 @@ def differential_accessibility(
     n_samples_overall: int = 5000,
     test_mode: str = "three",
     change_fn: Callable[..., np.ndarray] | str = "difference",
+    pseudocounts: float | None = None,
 ) -> pd.DataFrame:
     """Which regions differ in accessibility between populations of cells, by how much, and how sure that is.
 
@@ -271,6 +272,8 @@ def differential_accessibility(
     change_fn
         In change mode, what ``delta`` is compared with: ``"difference"``, ``"log-fold"`` for the log2 fold change, or a
         function of the probabilities of both populations.
+    pseudocounts
+        Added to both sides of the ratio of ``"log-fold"``. None estimates it from regions that are never found open.
 
     Returns
     -------
@@ -305,7 +308,8 @@ def differential_accessibility(
     whole_number(n_samples_overall=n_samples_overall)
     (target,) = levels("fdr_target", fdr_target)[:1] or (0.05,)
     effect = EFFECTS[change_fn] if isinstance(change_fn, str) else change_fn
-    test = make_test(mode, delta=delta, effect=effect, test_mode=test_mode, fdr_targets=(target,))
+    options = {"delta": delta, "test_mode": test_mode, "pseudocounts": pseudocounts}
+    test = make_test(mode, effect=effect, fdr_targets=(target,), **options)
     codes = batch_pairing(model, batch_correction, batchid1, batchid2)
     adata = model._check(adata)
     comparisons = find_comparisons(model, adata, groupby, group1, group2, idx1, idx2)

@@ -16,7 +16,7 @@ from scvi_lite.analysis import differential
 from scvi_lite.analysis.cells import Parts, ask_cells, check_samples, chosen, find_cells, frame, n_draws
 from scvi_lite.analysis.expression import check_library_size, expected, log_library
 from scvi_lite.analysis.inputs import gene_positions, positions_of
-from scvi_lite.errors import check_not_negative
+from scvi_lite.errors import check_not_negative, unknown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from scvi_lite.nn.protein import ProteinRates
     from scvi_lite.nn.vae import Posterior
 
+FIELD_OF = {"rna": "x", "protein": "proteins_np"}  #: where the counts of a kind of feature are
 Frames = tuple["pd.DataFrame", "pd.DataFrame"] | tuple[np.ndarray, np.ndarray]
 
 
@@ -203,6 +204,7 @@ def differential_expression(
     scale_protein: bool = False,
     sample_protein_mixing: bool = False,
     include_protein_background: bool = False,
+    use_field: str | Sequence[str] | None = None,
     pseudocounts: float | None = 1e-5,
     **options: Any,
 ) -> pd.DataFrame:
@@ -214,6 +216,8 @@ def differential_expression(
         Added to the proteins, so that fold changes of next to nothing stay small.
     scale_protein, sample_protein_mixing, include_protein_background
         As in ``get_normalized_expression``.
+    use_field
+        ``"rna"`` or ``"protein"`` to compare the genes, or the proteins, alone; both by default.
     pseudocounts
         In change mode: added to both sides of the ratio. None estimates it from genes that are not expressed.
     adata, groupby, group1, group2, idx1, idx2, mode, delta, batch_size, all_stats, batch_correction, batchid1, batchid2
@@ -227,18 +231,25 @@ def differential_expression(
         One row a gene or protein and comparison, with the columns of every model.
     """
     check_not_negative(protein_prior_count=protein_prior_count)
+    names_of = {"rna": model._gene_names, "protein": model.protein_names}
+    asked = names_of if use_field is None else [use_field] if isinstance(use_field, str) else list(use_field)
+    if strange := [kind for kind in asked if kind not in names_of]:
+        raise ValueError(unknown("use_field", strange[0], names_of))
+    kinds = [kind for kind in names_of if kind in asked]
+    names = [name for kind in kinds for name in names_of[kind]]
 
     def value_of(model: Model, z: Tensor, library: Tensor | None, batch: Batch, code: int | None, genes: Any) -> Tensor:
-        rates = model.module.decode_proteins(z, batch if code is None else batch.with_batch(code))
-        y_np = protein_value(rates, sample_protein_mixing, include_protein_background)
-        y_np = y_np + protein_prior_count
-        y_np = y_np / y_np.sum(-1, keepdim=True) if scale_protein else y_np
-        return torch.cat([expected(model, z, library, batch, code, genes), y_np], -1)
+        values = [expected(model, z, library, batch, code, genes)] if "rna" in kinds else []
+        if "protein" in kinds:
+            rates = model.module.decode_proteins(z, batch if code is None else batch.with_batch(code))
+            y_np = protein_value(rates, sample_protein_mixing, include_protein_background) + protein_prior_count
+            values.append(y_np / y_np.sum(-1, keepdim=True) if scale_protein else y_np)
+        return torch.cat(values, -1)
 
     return differential.differential_expression(
         model, adata, groupby, group1, group2, idx1, idx2, mode, delta, batch_size, all_stats,
         batch_correction, batchid1, batchid2, fdr_target, silent, pseudocounts=pseudocounts,
-        features=differential.Features([*model._gene_names, *model.protein_names], value_of, ["x", "proteins_np"]),
+        features=differential.Features(names, value_of, [FIELD_OF[kind] for kind in kinds]),
         **options,
     )  # fmt: skip
 

@@ -18,7 +18,7 @@ from scvi_lite.data.modalities import read_modalities
 from scvi_lite.data.proteins import Proteins
 from scvi_lite.data.regions import count_genes, depth_field, first_columns, two_matrices, with_regions
 from scvi_lite.data.registry import Registry
-from scvi_lite.errors import warn, without_absent
+from scvi_lite.errors import warn, without_absent, without_needless
 from scvi_lite.model import query
 from scvi_lite.model.base import ABSENT, Model, arguments_of
 from scvi_lite.nn.accessibility import default_sizes
@@ -345,6 +345,7 @@ class MULTIVI(Model):
         size_factor_key: str | Sequence[str] | None = None,
         categorical_covariate_keys: Sequence[str] | None = None,
         continuous_covariate_keys: Sequence[str] | None = None,
+        idx_layer: str | None = None,
         modalities: Mapping[str, str | None] | None = None,
         labels_key: str | None = None,
     ) -> None:
@@ -369,6 +370,8 @@ class MULTIVI(Model):
             a cell's accessible regions that is found open, above 0 and up to 1.
         batch_key, labels_key, categorical_covariate_keys, continuous_covariate_keys
             Columns, as in :meth:`setup_anndata`.
+        idx_layer
+            Has no effect: a cell is known by its row.
 
         Raises
         ------
@@ -380,7 +383,8 @@ class MULTIVI(Model):
             If counts are negative, NaN or infinite, values are missing or disagree, or names repeat.
         """
         given = arguments_of(locals())
-        del given["modalities"]
+        del given["modalities"], given["idx_layer"]
+        without_needless({"idx_layer": idx_layer}, {"idx_layer": "a cell is known by its row"})
         where = read_modalities(mdata, modalities, given, ())
         x, peaks = two_matrices(mdata, rna_layer, atac_layer, where)
         keys = [size_factor_key] if size_factor_key is None or isinstance(size_factor_key, str) else size_factor_key
