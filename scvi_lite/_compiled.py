@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from threading import get_ident
 from typing import Any
 
 import numba
@@ -44,9 +45,10 @@ AT_ONCE: dict[str, Any] = {
 
 
 @cache
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any], at_once: bool = False) -> Callable[..., Any]:
     """The function compiled when it is first called; the result is kept on disk where that can be written."""
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
+    options |= AT_ONCE if at_once else {}
     try:
         return numba.njit(cache=True, **options)(function)
     except RuntimeError:  # nowhere to keep the result
@@ -73,7 +75,8 @@ def on_threads(function: Callable[[int, int], Any], n: int, work: int) -> list[A
         return [function(0, n)]
     shares = _Shares(function, [k * n // n_shares for k in range(n_shares + 1)])
     if os.getpid() == HOME and (parallel := _openmp()) is not None:
-        parallel(_take_shares, shares, n_shares, 0)
+        # All of them, as PyTorch's operations do: OpenMP ends threads that a call leaves out, and the next one needs.
+        parallel(_take_shares, shares, torch.get_num_threads(), 0)
     else:
         others = [_pool(os.getpid()).submit(shares.take) for _ in range(n_shares - 1)]
         shares.take()
@@ -89,10 +92,12 @@ class _Shares:
         self.function, self.edges = function, edges
         self.waiting = iter(range(len(edges) - 1))
         self.done: dict[int, Any] = {}
+        self.came: set[int] = set()  # threads
         self.error: BaseException | None = None
 
     def take(self) -> None:
         try:
+            self.came.add(get_ident())
             for k in self.waiting:
                 self.done[k] = self.function(self.edges[k], self.edges[k + 1])
         except BaseException as error:  # for the caller, who may be another thread
@@ -101,7 +106,7 @@ class _Shares:
     def results(self) -> list[Any]:
         if self.error is not None:
             raise self.error
-        if len(self.done) < len(self.edges) - 1:  # Python drops what interrupts a callback before its first line
+        if get_ident() not in self.came:  # Python drops what interrupts a callback before its first line
             raise KeyboardInterrupt
         return [self.done[k] for k in range(len(self.done))]
 

@@ -1,6 +1,8 @@
 """Shares of rows on the threads of PyTorch; loops whose results are the same wherever their arrays lie."""
 
 import itertools
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -46,11 +48,34 @@ def test_an_error_in_a_share_is_raised_for_the_caller(four_threads, error, where
     assert on_threads(lambda first, last: first, 4, 4) == [0, 1, 2, 3]
 
 
-def test_a_share_that_nobody_took_is_an_interrupt(four_threads, monkeypatch):
-    monkeypatch.setattr(_compiled._Shares, "take", lambda self: None)
+def test_an_interrupt_that_python_drops_is_raised_though_others_take_all_shares(monkeypatch):
+    here, take = threading.get_ident(), _compiled._Shares.take
+    monkeypatch.setattr(_compiled, "MIN_WORK", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(_compiled, "_openmp", lambda: None)
+    monkeypatch.setattr(_compiled._Shares, "take", lambda self: None if threading.get_ident() == here else take(self))
     with pytest.raises(KeyboardInterrupt):
         on_threads(lambda first, last: None, 4, 4)
+
+
+def test_openmp_is_asked_for_all_threads_as_it_ends_those_left_out(monkeypatch):
+    asked = []
+    monkeypatch.setattr(_compiled, "_openmp", lambda: lambda take, shares, n, flags: (asked.append(n), shares.take()))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    assert on_threads(lambda first, last: last - first, 1000, 2 * _compiled.MIN_WORK) == [500, 500]
+    assert asked == [4]
+
+
+def test_where_nothing_can_be_written_functions_are_compiled_anew():
+    code = """
+import numba.core.caching, torch
+numba.core.caching.CacheImpl._locator_classes = []
+from scvi_lite.data.batch import Counts
+from scvi_lite.distributions import binary_kernels, kernels, sparse_kernels
+from scvi_lite.nn import label_kernels, mixing_kernels
+assert torch.equal(Counts.from_dense(torch.eye(3)).x_ng, torch.eye(3))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def row(*n_rows):  # as short as a few steps of a loop

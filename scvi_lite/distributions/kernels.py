@@ -143,7 +143,6 @@ def zeros_row(i, t, o, c, weight, e_g, zero_g, theta_tg, dropout_ng, s_g, p_g, d
     return value, total
 
 
-@numba.njit(**AT_ONCE, nogil=True, cache=True)
 def fill_table(first, last, log_theta_g, theta_g, table_xg2):
     """For the counts 1, 2, ... and the genes first:last what depends on nothing else.
 
@@ -356,7 +355,8 @@ def _table(log_theta: Tensor | None, theta: Tensor | None, n_nonzeros: int) -> T
         return None
     table_xg2 = log_theta.new_empty(MAX_PRODUCT, log_theta.shape[1], 2)
     arrays = [t.detach().numpy() for t in (log_theta[0], theta[0], table_xg2)]
-    on_threads(lambda first, last: fill_table(first, last, *arrays), log_theta.shape[1], table_xg2.numel())
+    kernel = compiled(fill_table, at_once=True)
+    on_threads(lambda first, last: kernel(first, last, *arrays), log_theta.shape[1], table_xg2.numel())
     return table_xg2
 
 
