@@ -77,6 +77,14 @@ def test_likelihood(given):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+def test_gradients_of_a_transposed_decoder():
+    x_nr, (logit_nr, depth_n, factor_r) = draws(torch.float32)
+    counts, logit_rn = Counts.from_dense(x_nr), logit_nr.detach().t().contiguous().requires_grad_()
+    (expected_nr,) = torch.autograd.grad(bernoulli(counts, logit_nr, depth_n, factor_r).sum(), [logit_nr])
+    (grad_rn,) = torch.autograd.grad(bernoulli(counts, logit_rn.t(), depth_n, factor_r).sum(), [logit_rn])
+    torch.testing.assert_close(grad_rn.t(), expected_nr)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("depth", [None, 50.0, -200.0])
 def test_likelihood_of_extreme_logits_is_finite(dtype, depth):

@@ -67,7 +67,7 @@ def score(
     inputs = [start, col_m, logit_nr]
     for t in (depth_n, factor_r):
         inputs += [torch.sigmoid(t), torch.sigmoid(-t), logsigmoid(t)]
-    dlogit_nr = None if weight_n is None else torch.empty_like(logit_nr)
+    dlogit_nr = None if weight_n is None else logit_nr.new_empty(n, n_regions)
     w_or = logit_nr.new_zeros(-(-n // BLOCK), n_regions)
     tensors = *inputs, value_n, w_n, weight_n, dlogit_nr, w_or
     arrays = [None if t is None else t.detach().contiguous().numpy() for t in tensors]
