@@ -19,12 +19,14 @@ import typer
 from scvi_lite.errors import listing, unknown
 
 INTERRUPTED = 130
+FROM_ONE_FILE = ("SCVI", "SCANVI", "LinearSCVI", "CondSCVI", "PEAKVI", "TOTALVI")
 OUT_FILES = "model.json, model.safetensors, adata.h5ad, training.png, umap.png and metrics.json"
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     help="Deep generative models of single-cell data.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -87,7 +89,7 @@ def options(
 @app.command()
 def train(
     data: Annotated[Path, typer.Argument(help="AnnData file (.h5ad) with counts.", show_default=False)],
-    model: Annotated[str, typer.Option(help="Model class.")] = "SCVI",
+    model: Annotated[str, typer.Option(help=", ".join(FROM_ONE_FILE) + ".")] = "SCVI",
     batch_key: Annotated[str | None, typer.Option(help="Column of obs with the batch.")] = None,
     labels_key: Annotated[str | None, typer.Option(help="Column of obs with the cell type.")] = None,
     unlabeled_category: Annotated[str | None, typer.Option(help="SCANVI: the label of cells without one.")] = None,
@@ -119,7 +121,10 @@ def train(
     overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
-    """Train a model on the counts of a file; write the model, its latent space, pictures and metrics to a folder."""
+    """Train a model on a file of counts.
+
+    Writes the model, the data with its latent space, pictures and metrics to a folder.
+    """
     with errors_in_one_line(debug):
         check_model_name(model)
         check_out(out, overwrite)
@@ -191,7 +196,6 @@ def demo(
         exit_if(run(out, max_epochs, seed))
 
 
-FROM_ONE_FILE = ("SCVI", "SCANVI", "LinearSCVI", "CondSCVI", "PEAKVI", "TOTALVI")
 FLAGS = {
     "protein_expression_obsm_key": "--proteins",
     "categorical_covariate_keys": "--categorical-covariate",

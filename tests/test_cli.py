@@ -152,6 +152,13 @@ def test_usage_errors_exit_with_2(arguments, here):
     assert code == 2 and "Usage" in err
 
 
+def test_names_of_options_are_whole_in_a_narrow_window():
+    done = subprocess.run(
+        [*COMMAND, "train", "--help"], capture_output=True, text=True, env=os.environ | {"COLUMNS": "60"}
+    )
+    assert all(name in done.stdout for name in ("--unlabeled-category <", "--categorical-covariate <", "LinearSCVI"))
+
+
 def test_version_and_help_are_quick():
     """Neither PyTorch nor anything as heavy is imported to answer."""
     code = (

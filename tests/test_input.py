@@ -239,6 +239,7 @@ REFUSED_LATER = {
     "missing value": (lambda: changed(batch=[None, *OBS["batch"][1:]]), ValueError, "1 of 60 cells have no value"),
     "missing column": (lambda: anndata.AnnData(X, var=VAR), KeyError, "batch_key='batch' is not a column"),
     "missing genes": (lambda: data()[:, 2:], ValueError, "2 of the model's 12 genes are not among.*'gene/0-é'"),
+    "another gene missing": (lambda: data()[:, 2:], ValueError, "not measured.$"),  # no gene of the model is its name
     "negative": (lambda: data(-X), ValueError, "negative values"),
     "NaN": (lambda: data(np.where(X > 3, np.nan, X)), ValueError, "holds NaN"),
     "path": (lambda: "cells.h5ad", TypeError, "read_h5ad"),

@@ -494,7 +494,7 @@ def test_setup_errors():
     with pytest.raises(ValueError, match="and 'T cell' is all .* CondSCVI without fine_labels_key"):
         SCANVI.setup_anndata(adata, "one", "Unknown")
     adata.obs["holes"] = adata.obs["labels"].astype(object).where(adata.obs["labels"] != "label_0")
-    with pytest.raises(ValueError, match="have no value"):
+    with pytest.raises(ValueError, match=r"have no value .* Give them one: .*astype\(object\).fillna\('Unknown'\)$"):
         SCANVI.setup_anndata(adata, "holes", "Unknown")
 
 

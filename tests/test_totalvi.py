@@ -345,6 +345,11 @@ BAD = {
         r"holds NaN in 1 cells. Put 0 where a protein was not measured",
     ),
     "negative": (lambda a: set_value(a, -1), ValueError, r"adata.obsm\['protein'\] holds negative values"),
+    "scaled": (
+        lambda a: set_value(a, 0.5),
+        UserWarning,
+        r"if you have them, put them there: adata.obsm\['protein'\] =",
+    ),
     "infinite": (lambda a: set_value(a, np.inf), ValueError, "holds infinite values"),
     "all zero": (lambda a: a.obsm["protein"].__imul__(0), ValueError, "all counts of proteins are zero"),
     "no such key": (lambda a: a.obsm.pop("protein"), KeyError, "protein_expression_obsm_key='protein' is not a key of"),
@@ -529,6 +534,9 @@ def test_query_is_mapped(trained):
     model, _, _ = trained
     query, on_np, _ = cells_of_two_types(80, seed=7)
     query.obs["batch"] = "new"
+    without = anndata.AnnData(query.X, obs=query.obs, var=query.var)
+    with pytest.raises(KeyError, match=r"Without proteins: adata.obsm\['protein'\] = np.zeros\(\(adata.n_obs, 12\)\)"):
+        TOTALVI.load_query_data(without, model, accelerator="cpu")
     mapped = TOTALVI.load_query_data(query, model, accelerator="cpu")
     mapped.train(5, plan_kwargs={"weight_decay": 0.0}, early_stopping=False, **SILENT)
     old = model.get_latent_representation()

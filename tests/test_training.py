@@ -14,7 +14,7 @@ import scvi_lite
 from scvi_lite.model import SCVI, CondSCVI
 from scvi_lite.train.plan import Plan
 from scvi_lite.train.presets import FAST
-from scvi_lite.train.progress import TrainingBar, TrainingLines
+from scvi_lite.train.progress import Progress, TrainingBar, TrainingLines
 
 SILENT = {"accelerator": "cpu", "enable_progress_bar": False}
 NAMES = ("elbo", "reconstruction_loss", "kl_local", "kl_global")
@@ -571,12 +571,16 @@ def test_a_log_file_is_not_flooded(monkeypatch, total):
     assert written[-1].startswith(f"Training: {total or 5000}/{total or '?'} epochs, train=5.0")
 
 
-def test_progress_of_a_training_in_a_file(model, capsys):
+def test_progress_of_a_training_in_a_file(model, capsys, monkeypatch):
+    """Each line has the metrics of the epochs that it says are complete."""
+    monkeypatch.setattr(Progress, "INTERVAL", -1.0)  # told of each minibatch
     model.train(max_epochs=3, accelerator="cpu")
-    last = capsys.readouterr().err.splitlines()[-1]
-    elbo = {part: model.history[f"elbo_{part}"].iloc[-1, 0] for part in ("train", "validation")}
-    assert last.startswith("Training: 3/3 epochs")
-    assert all(f"{part}={value:.1f}" in last for part, value in elbo.items())
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Training:")]
+    assert len(lines) == 3
+    for epoch, line in enumerate(lines):
+        assert line.startswith(f"Training: {epoch + 1}/3 epochs")
+        elbo = {part: model.history[f"elbo_{part}"].iloc[epoch - 3, 0] for part in ("train", "validation")}
+        assert all(f"{part}={value:.1f}" in line for part, value in elbo.items())
 
 
 def test_bar(monkeypatch):

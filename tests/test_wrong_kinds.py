@@ -119,8 +119,16 @@ def test_cells_by_slice_and_by_name(model):
     np.testing.assert_allclose(model.get_latent_representation(indices=list(names[:2])), z[:2], atol=1e-6)
     with pytest.raises(KeyError, match="indices='cell' is not a name of a cell"):
         model.get_latent_representation(indices=["cell"])
-    with pytest.raises(IndexError, match=r"whole numbers, a mask, a slice or names.*of shape \(\)"):
-        model.get_latent_representation(indices=3)
+    for wrong, cure in (
+        (3, r"of shape \(\) was given. Write indices=\[3\]"),
+        (np.int32(3), r"Write indices=\[3\]"),
+        (names[0], rf"Write indices=\['{names[0]}'\]"),
+        (np.where(np.arange(40) > 3), r"Write indices=np.where\(...\)\[0\]"),
+        ([0, 40], "row 40 does not exist: adata has 40 cells"),
+        ([0, -41], "row -41 does not exist"),
+    ):
+        with pytest.raises(IndexError, match=cure):
+            model.get_latent_representation(indices=wrong)
 
 
 def test_keys_are_refused_before_counts_are_read():

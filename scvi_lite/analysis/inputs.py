@@ -83,12 +83,16 @@ def cell_rows(adata: AnnData, indices: Any, argument: str = "indices") -> np.nda
     if rows.ndim == 1 and all(isinstance(name, str) for name in rows[:1]):
         return _rows_of_names(adata, rows, argument)
     if rows.dtype.kind not in "ui" or rows.ndim != 1:
+        one = f" Write {argument}=[{rows.item()!r}]." if rows.ndim == 0 and rows.dtype.kind in "uiU" else ""
+        nested = f" Write {argument}=np.where(...)[0]." if isinstance(indices, tuple) else ""
         raise IndexError(
             f"{argument}: whole numbers, a mask, a slice or names of cells are needed; {rows.dtype} of shape "
-            f"{rows.shape} was given."
+            f"{rows.shape} was given.{one or nested}"
         )
-    if rows.min() < -adata.n_obs or rows.max() >= adata.n_obs:
-        raise IndexError(f"{argument}: {rows.min()} to {rows.max()} were given; adata has {adata.n_obs} cells.")
+    if len(outside := rows[(rows < -adata.n_obs) | (rows >= adata.n_obs)]):
+        raise IndexError(
+            f"{argument}: row {outside[0]} does not exist: adata has {adata.n_obs} cells, 0 to {adata.n_obs - 1}."
+        )
     return np.where(rows < 0, rows + adata.n_obs, rows).astype(np.int64)
 
 

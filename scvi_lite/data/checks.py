@@ -14,7 +14,7 @@ CHUNK = 1 << 22  # numbers looked at in one go
 LARGEST = float(np.finfo(np.float32).max)
 
 
-def check_counts(matrix: Any, where: str, counts: bool = True) -> None:
+def check_counts(matrix: Any, where: str, counts: bool = True, cure: str = "name their layer: layer=...") -> None:
     """Refuse what cannot be counts; warn of fractions.
 
     Parameters
@@ -25,6 +25,8 @@ def check_counts(matrix: Any, where: str, counts: bool = True) -> None:
         What to call it in a message, as in ``"adata.X"``.
     counts
         False allows negative numbers and fractions.
+    cure
+        What to do in a message about counts that are elsewhere.
 
     Raises
     ------
@@ -47,14 +49,11 @@ def check_counts(matrix: Any, where: str, counts: bool = True) -> None:
         if counts and low < 0:
             raise ValueError(
                 f"{where} holds negative values (down to {low:g}). Raw counts are needed; scaled or centred data do "
-                "not fit. If the counts are elsewhere, name their layer: layer=..."
+                f"not fit. If the counts are elsewhere, {cure}"
             )
         fractions = fractions or (counts and has_fractions(block))
     if fractions:
-        warn(
-            f"{where} holds fractions, not counts. The model is made for raw counts: if you have them in a layer, "
-            "say layer=..."
-        )
+        warn(f"{where} holds fractions, not counts. The model is made for raw counts: if you have them, {cure}")
 
 
 def check_kind(matrix: Any, where: str) -> None:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from scvi_lite.data.modalities import Data
 
+QUESTIONS = ("groupby", "sample_key")  # arguments of questions, which name no modalities
+
 
 def obs_column(adata: Data, argument: str, key: str, modality: str | None = None) -> pd.Series:
     """A column of ``obs``, of a modality or of the whole, or an error that names the nearest one.
@@ -43,7 +45,8 @@ def _elsewhere(adata: Data, argument: str, key: Any) -> str:
     if not found:
         return ""
     source = f"mdata[{found[0]!r}].obs[{key!r}]"
-    return f" There is {source}: say modalities={{{argument!r}: {found[0]!r}}}, or mdata.obs[{key!r}] = {source}."
+    of_setup = "" if argument in QUESTIONS else f"say modalities={{{argument!r}: {found[0]!r}}}, or "
+    return f" There is {source}: {of_setup}mdata.obs[{key!r}] = {source}."
 
 
 def categories_of(adata: Data, argument: str, key: str, modality: str | None = None) -> list[Any]:
@@ -94,16 +97,16 @@ def encode(adata: Data, categories: Sequence[Any], argument: str, key: str, moda
     return code_n
 
 
-def check_missing(column: pd.Series, argument: str, key: str, obs: str = "adata.obs") -> None:
-    """Refuse missing values."""
+def check_missing(column: pd.Series, argument: str, key: str, obs: str = "adata.obs", cure: str = "") -> None:
+    """Refuse missing values; ``cure`` is what to do about them, where it is not the usual."""
     missing = column.isna().to_numpy()
     if missing.any():
-        cure = f"or leave them out: adata = adata[adata.obs[{key!r}].notna()].copy()"
         if obs != "adata.obs":
-            cure = f"in a column of mdata.obs, which has all cells: mdata.obs[{key!r}] = ..."
+            cure = f", in a column of mdata.obs, which has all cells: mdata.obs[{key!r}] = ..."
+        cure = cure or f", or leave them out: adata = adata[adata.obs[{key!r}].notna()].copy()"
         raise ValueError(
             f"{argument}={key!r}: {missing.sum()} of {len(column)} cells have no value in {obs}[{key!r}]. Give "
-            f"them one, {cure}"
+            f"them one{cure}"
         )
 
 

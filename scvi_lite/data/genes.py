@@ -69,7 +69,7 @@ def _match_part(data: AnnData | MuData, var_names: Sequence[str], modality: str 
     position = here.get_indexer(var_names)
     missing = [gene for gene, i in zip(var_names, position, strict=True) if i < 0]
     if missing:
-        near = nearest(missing[0], here[:20_000])
+        near = nearest(missing[0], here.difference(var_names)[:20_000])  # a gene of the model is no other's name
         hint = naming_hint(adata, var_names) or (f"The nearest name to {missing[0]!r} is {near!r}." if near else "")
         raise ValueError(
             f"{name}: {len(missing)} of the model's {len(var_names)} {what} are not among {name}.var_names: "

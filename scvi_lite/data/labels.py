@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scvi_lite.data.columns import categories_of, encode, text_of
+from scvi_lite.data.columns import categories_of, check_missing, encode, obs_column, text_of
 from scvi_lite.data.fields import Categorical
 from scvi_lite.errors import listing, warn
 
@@ -33,6 +33,8 @@ class Labels(Categorical):
                 f"unlabeled_category={self.unlabeled!r}: the name is needed that cells without a label have in "
                 f"adata.obs[{self.key!r}]. If all have one, any other name will do: unlabeled_category='Unknown'."
             )
+        cure = f": adata.obs[{self.key!r}] = adata.obs[{self.key!r}].astype(object).fillna({self.unlabeled!r})"
+        check_missing(obs_column(adata, self.argument, self.key), self.argument, self.key, cure=cure)
         found = categories_of(adata, self.argument, self.key)
         known = [name for name in found if text_of(name) != text_of(self.unlabeled)]
         if len(known) < self.least:

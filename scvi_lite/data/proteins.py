@@ -97,7 +97,10 @@ class Proteins(Field):
         if "modality" in state:
             return Matrix.read(adata, state)
         if state["key"] not in adata.obsm:
-            raise UnknownKeyError(unknown(state["argument"], state["key"], adata.obsm, "a key of adata.obsm", "Keys"))
+            message = unknown(state["argument"], state["key"], adata.obsm, "a key of adata.obsm", "Keys")
+            if names := state.get("names"):  # of a model
+                message += f" Without proteins: adata.obsm[{state['key']!r}] = np.zeros((adata.n_obs, {len(names)}))"
+            raise UnknownKeyError(message)
         matrix = adata.obsm[state["key"]]
         if matrix.ndim != 2 or matrix.shape[1] == 0:
             raise ValueError(
@@ -130,9 +133,9 @@ class Proteins(Field):
             raise ValueError(
                 f"{where} holds NaN in {np.isnan(values_np).any(1).sum()} cells. Put 0 where a protein was not "
                 "measured: one that is 0 in all cells of a batch counts as missing there. "
-                f"{where} = {where}.fillna(0)"
+                f"{where} = {where}.fillna(0), or np.nan_to_num({where}) of an array"
             )
-        check_counts(values_np, where)
+        check_counts(values_np, where, cure=f"put them there: {where} = ...")
 
     @classmethod
     def read(cls, adata: Data, state: dict[str, Any]) -> np.ndarray:
@@ -148,7 +151,8 @@ class Proteins(Field):
             position_p = pd.Index(here).get_indexer(names)
             missing = [name for name, i in zip(names, position_p) if i < 0]
             if missing:
-                raise UnknownKeyError(unknown("protein", missing[0], here, "among those of these data", "Proteins"))
+                message = unknown("protein", missing[0], here, "among those of these data", "Proteins")
+                raise UnknownKeyError(f"{message} Where it was not measured, give zeros.")
             values_np = values_np[:, position_p]
         if values_np.shape[1] != len(names):
             raise ValueError(f"{values_np.shape[1]} proteins are there; the model has {len(names)}: {listing(names)}.")

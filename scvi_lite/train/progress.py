@@ -131,7 +131,8 @@ class Progress(ProgressBar):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if time.monotonic() - self.last > self.INTERVAL:
-            self._tell(trainer, trainer.current_epoch + (batch_idx + 1) / trainer.num_training_batches)
+            # An epoch is complete when its metrics are there, which is after its last minibatch.
+            self._tell(trainer, trainer.current_epoch + batch_idx / trainer.num_training_batches)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         progress = trainer.fit_loop.epoch_loop.batch_progress
