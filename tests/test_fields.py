@@ -200,6 +200,17 @@ def test_what_is_no_number_is_refused(values, message):
         Continuous("size_factor_n", "size_factor_key", "c").register(with_obs(c=values))
 
 
+def test_covariates_on_a_scale_far_from_one_warn():
+    """Counts do, with a cure that works; percentages do not, nor do size factors."""
+    adata = with_obs(c=np.arange(N) * 1000.0, percent=np.linspace(0, 100, N))
+    with pytest.warns(UserWarning, match=r"keys='c': values reach 5e\+03.*: adata.obs\['c'\] = ") as caught:
+        Continuous("conts_nd", "continuous_covariate_keys", "c").register(adata)
+    Continuous("size_factor_n", "size_factor_key", "c", positive=True).register(with_obs(c=np.full(N, 5e3)))
+    Continuous("conts_nd", "continuous_covariate_keys", "percent").register(adata)
+    exec(str(caught[0].message).split("near 1: ")[1], {"adata": adata})
+    Continuous("conts_nd", "continuous_covariate_keys", "c").register(adata)
+
+
 @pytest.mark.parametrize("value", [0, -1.0, 1e-60])
 def test_size_factors_are_positive(value):
     with pytest.raises(ValueError, match="size_factor_key='c': 1 cells have a value of zero or less"):

@@ -244,7 +244,8 @@ def test_huge_learning_rate(model):
 def test_poisoned_covariate_is_named_as_the_likely_cause():
     adata = scvi_lite.data.synthetic_iid(batch_size=60, n_genes=10)
     adata.obs["depth"] = np.full(adata.n_obs, 3e38)
-    SCVI.setup_anndata(adata, continuous_covariate_keys=["depth"])
+    with pytest.warns(UserWarning, match="values reach 3e\\+38"):
+        SCVI.setup_anndata(adata, continuous_covariate_keys=["depth"])
     with pytest.raises(TrainingDivergedError, match="look for extreme counts, or a covariate on a scale far from 1"):
         SCVI(adata, n_hidden=4).train(max_epochs=2, **SILENT)
 
@@ -253,7 +254,8 @@ def test_poisoned_validation_cell_is_told_apart():
     adata = scvi_lite.data.synthetic_iid(batch_size=60, n_genes=10)
     adata.obs["depth"] = np.zeros(adata.n_obs)
     adata.obs.iloc[7, adata.obs.columns.get_loc("depth")] = 3e38
-    SCVI.setup_anndata(adata, continuous_covariate_keys=["depth"])
+    with pytest.warns(UserWarning, match="values reach 3e\\+38"):
+        SCVI.setup_anndata(adata, continuous_covariate_keys=["depth"])
     others = np.delete(np.arange(adata.n_obs), [7, 8])
     with pytest.raises(TrainingDivergedError, match="a validation cell is unlike the training cells"):
         SCVI(adata, n_hidden=4, use_batch_norm="none").train(

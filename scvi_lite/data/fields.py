@@ -15,10 +15,12 @@ import numpy as np
 from scvi_lite.data.checks import check_counts
 from scvi_lite.data.columns import categories_of, check_missing, encode, obs_column, text_of
 from scvi_lite.data.modalities import name_of, part_of
-from scvi_lite.errors import UnknownKeyError, unknown
+from scvi_lite.errors import UnknownKeyError, unknown, warn
 
 if TYPE_CHECKING:
     from scvi_lite.data.modalities import Data
+
+FAR_FROM_ONE = 1000.0  # of a covariate: counts are beyond, percentages and ages are not
 
 
 class Field(ABC):
@@ -144,7 +146,13 @@ class Continuous(Field):
 
     def register(self, adata: Data) -> dict[str, Any]:
         state = self.state(argument=self.argument, key=self.key, positive=self.positive)
-        self.check(adata, state)
+        largest = np.abs(self.read(adata, state)).max()
+        if largest > FAR_FROM_ONE and not self.positive:
+            column = f"{name_of(adata, self.modality)}.obs[{self.key!r}]"
+            warn(
+                f"{self.argument}={self.key!r}: values reach {largest:.3g}, and networks that read them train badly. "
+                f"Bring them near 1: {column} = ({column} - {column}.mean()) / {column}.std()"
+            )
         return state
 
     @classmethod
