@@ -89,10 +89,11 @@ def fit_model(
     n_workers = workers_needed(options)
 
     earlier = {name: frame.iloc[:, 0].to_dict() for name, frame in model._history.items()}
-    task = Task(model.module.train(), plan, earlier, adversary)
+    task = Task(model.module, plan, earlier, adversary)
     task.monitor_lr |= stopping.learning_rate_monitor
     data = _minibatches(model, start, batch_size, splitting, supervision)
     try:
+        model.module.train()  # from here on, so that an interrupt cannot leave it so
         model.trainer, interrupted = fit(task, data, stopping, options, n_workers)
     except TrainingDivergedError:
         task.go_back()
