@@ -37,6 +37,18 @@ def load_edited(saved, edit):
     return SCVI.load("copy", accelerator="cpu")
 
 
+def test_an_accelerator_that_is_not_there_is_refused(saved, monkeypatch):
+    """The one that was asked for, not another in its place."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    for absent in ("gpu", "cuda", "mps"):
+        with pytest.raises(ValueError, match=f"accelerator='{absent}': PyTorch finds none in this machine"):
+            SCVI.load(saved, accelerator=absent)
+    with pytest.raises(ValueError, match="accelerator='gpus' is not an option. Did you mean 'gpu'"):
+        SCVI.load(saved, accelerator="gpus")
+    assert SCVI.load(saved).device.type == "cpu"
+
+
 EDITS = {
     "a huge width": (lambda d: d["arguments"].update(n_hidden=10**12), "weights do not fit its argument n_hidden"),
     "a huge depth": (lambda d: d["arguments"].update(n_layers=10**9), "weights do not fit its argument n_layers"),

@@ -10,6 +10,11 @@ from scvi_lite.errors import unknown
 def choose_device(accelerator: str, device: int | str | torch.device) -> torch.device:
     """The device that ``accelerator`` and ``device`` name.
 
+    Raises
+    ------
+    ValueError
+        If there is no such accelerator, or none in this machine.
+
     >>> choose_device("cpu", "auto")
     device(type='cpu')
     """
@@ -17,8 +22,10 @@ def choose_device(accelerator: str, device: int | str | torch.device) -> torch.d
         return torch.device(device)
     number = "" if device == "auto" else f":{device}"
     kinds = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if accelerator in ("auto", "gpu"):
-        accelerator = next(kind for kind, there in kinds.items() if there)
-    if accelerator not in kinds:
+    if accelerator not in ("auto", "gpu", *kinds):
         raise ValueError(unknown("accelerator", accelerator, ["auto", "gpu", *kinds]))
-    return torch.device(accelerator + (number if accelerator == "cuda" else ""))
+    meant = {"auto": ["cuda", "mps", "cpu"], "gpu": ["cuda", "mps"]}.get(accelerator, [accelerator])
+    found = [kind for kind in meant if kinds[kind]]
+    if not found:
+        raise ValueError(f"accelerator={accelerator!r}: PyTorch finds none in this machine. Leave accelerator out.")
+    return torch.device(found[0] + (number if found[0] == "cuda" else ""))
