@@ -151,6 +151,16 @@ def test_inference_mode_and_strided_inputs(form):
         )
 
 
+def test_no_derivatives_where_no_gradient_is_asked_for(monkeypatch):
+    score, weights = kernels.score, []
+    monkeypatch.setattr(kernels, "score", lambda *given: (weights.append(given[-1]), score(*given))[1])
+    counts, inputs, _ = draw("zinb", dtype=torch.float32)
+    with torch.no_grad():
+        fused.zinb(counts, *inputs)
+    fused.zinb(counts, *inputs)
+    assert weights[0] is None and weights[1] is not None
+
+
 @FORM
 def test_half_precision_is_computed_in_single(form):
     counts, inputs, _ = draw(form, dtype=torch.float32)

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from scvi_lite.data.batch import Counts, rows_of
-from scvi_lite.distributions.fused import foreseen, is_compiled_for, share_of_foreseen
+from scvi_lite.distributions.fused import as_inputs, foreseen, is_compiled_for, share_of_foreseen
 
 #: From here on a region that is found closed is no less likely, so that its log-probability stays finite.
 LARGEST_LOGIT = 80.0
@@ -73,8 +73,7 @@ def bernoulli(
             f"{counts.n_features} regions: decode the same cells and regions that are scored."
         )
     dtype = torch.promote_types(logit_nr.dtype, torch.float32)
-    inputs = [None if t is None else t.to(dtype) for t in (logit_nr, depth_n, factor_r)]
-    return _Bernoulli.apply(counts.start, counts.col_m, *inputs)
+    return _Bernoulli.apply(counts.start, counts.col_m, *as_inputs(dtype, logit_nr, depth_n, factor_r))
 
 
 class _Bernoulli(torch.autograd.Function):

@@ -95,7 +95,7 @@ def _score(
     if logit_ng.dim() > 2:
         return _score_draws(parts, counts, logit_ng, library_n, log_theta, dropout_ng)
     dtype = torch.promote_types(logit_ng.dtype, torch.float32)
-    inputs = [None if t is None else t.to(dtype) for t in (logit_ng, library_n, log_theta, dropout_ng)]
+    inputs = as_inputs(dtype, logit_ng, library_n, log_theta, dropout_ng)
     coordinates = counts.start, counts.col_m, counts.value_m.to(dtype)
     return _Score.apply(parts, *coordinates, *inputs)
 
@@ -181,6 +181,12 @@ class _Score(torch.autograd.Function):
             ]
         needed = ctx.needs_input_grad[4:]
         return *(None,) * 4, *(d if need else None for d, need in zip(derivatives, needed, strict=True))
+
+
+def as_inputs(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
+    """Tensors in the precision of the likelihood, without gradients where none are asked for: a Function cannot see."""
+    asked = torch.is_grad_enabled()
+    return [None if t is None else (t if asked else t.detach()).to(dtype) for t in tensors]
 
 
 def is_compiled_for(logit_ng: Tensor) -> bool:
