@@ -349,8 +349,8 @@ def test_options_of_a_training_in_one_object():
 def test_a_checkpoint_callback_that_ends_with_the_best_weights(tmp_path):
     model = make_model(train=False)
     checkpoint = scvi.train.SaveCheckpoint(tmp_path, monitor="elbo_validation", mode="max", load_best_on_end=True)
-    model.train(4, callbacks=[checkpoint], plan_kwargs={"lr": 0.01}, **SILENT)  # of which the first is the highest
+    model.train(8, callbacks=[checkpoint], plan_kwargs={"lr": 0.01}, **SILENT)  # it falls: the last is not the highest
     best = torch.load(checkpoint.best_model_path, weights_only=True)
-    assert best["epoch"] == 0
+    assert best["epoch"] == model.history["elbo_validation"].to_numpy().argmax() < 7
     assert all(torch.equal(best["state_dict"][f"module.{k}"], value) for k, value in model.module.state_dict().items())
     assert float(checkpoint.best_model_score) == pytest.approx(model.history["elbo_validation"].max().item())
