@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 class Counts:
     """The counts of ``n`` cells by ``g`` features, as the coordinates of the ``m`` non-zeros.
 
-    Entries are sorted by cell and, within a cell, by feature. A dense matrix is made only where somebody asks for :attr:`x_ng`.
+    Entries are sorted by cell and, within a cell, by feature. A dense matrix is made only where somebody asks for
+    :attr:`x_ng`.
     """
 
     start: Tensor  #: (n + 1,) int64: the non-zeros of cell i are start[i]:start[i + 1]

@@ -147,7 +147,7 @@ class Continuous(Field):
     def register(self, adata: Data) -> dict[str, Any]:
         state = self.state(argument=self.argument, key=self.key, positive=self.positive)
         largest = np.abs(self.read(adata, state)).max()
-        if largest > FAR_FROM_ONE and not self.positive:
+        if largest > FAR_FROM_ONE and self.name == "conts_nd":  # which networks read
             column = f"{name_of(adata, self.modality)}.obs[{self.key!r}]"
             warn(
                 f"{self.argument}={self.key!r}: values reach {largest:.3g}, and networks that read them train badly. "
