@@ -17,7 +17,7 @@ def kept_memory() -> Iterator[None]:
     """Keep what is freed, and give it back to the system at the end.
 
     Else the C library gives large blocks back after each minibatch, and the system clears them for the next: for
-    networks over ten thousands of features this takes a fifth of the time. Other C libraries are left alone.
+    networks over ten thousands of features this takes a tenth of the time. Other C libraries are left alone.
     """
     try:
         library = ctypes.CDLL(None)
