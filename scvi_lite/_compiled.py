@@ -16,11 +16,13 @@ from threading import get_ident
 from typing import Any
 
 import numba
+import numpy as np
 import torch
 from numba.core.compiler import Compiler
 
-# A thread is worth its call from this many elements on.
+# A thread is worth its call from this many elements on, and so many threads are: each needs the interpreter to begin.
 MIN_WORK = 1 << 14
+MAX_SHARES = 32
 HOME = os.getpid()  # OpenMP does not survive a fork
 
 
@@ -70,13 +72,13 @@ def on_threads(function: Callable[[int, int], Any], n: int, work: int) -> list[A
     >>> on_threads(lambda first, last: last - first, 10, 100)
     [10]
     """
-    n_shares = max(1, min(torch.get_num_threads(), n, work // MIN_WORK))
+    n_shares = max(1, min(torch.get_num_threads(), n, work // MIN_WORK, MAX_SHARES))
     if n_shares == 1:
         return [function(0, n)]
     shares = _Shares(function, [k * n // n_shares for k in range(n_shares + 1)])
     if os.getpid() == HOME and (parallel := _openmp()) is not None:
         # All of them, as PyTorch's operations do: OpenMP ends threads that a call leaves out, and the next one needs.
-        parallel(_take_shares, shares, torch.get_num_threads(), 0)
+        parallel(_Call(n_shares, shares), torch.get_num_threads())
     else:
         others = [_pool(os.getpid()).submit(shares.take) for _ in range(n_shares - 1)]
         shares.take()
@@ -111,19 +113,36 @@ class _Shares:
         return [self.done[k] for k in range(len(self.done))]
 
 
-_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.py_object)
-_take_shares = _CALLBACK(_Shares.take)
+class _Call(ctypes.Structure):
+    """What each thread is given."""
+
+    _fields_ = [("n_shares", ctypes.c_int64), ("shares", ctypes.py_object)]
+
+
+_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_take_shares = _CALLBACK(lambda call: _Call.from_address(call).shares.take())
 
 
 @cache
-def _openmp() -> Callable[..., None] | None:
-    """What compilers turn ``#pragma omp parallel`` into, of the library that PyTorch has loaded."""
+def _openmp() -> Callable[[_Call, int], None] | None:
+    """What compilers turn ``#pragma omp parallel`` into, of the library that PyTorch has loaded.
+
+    The threads that find no share are turned away before they ask for the interpreter, which one has at a time.
+    """
     try:
-        parallel = ctypes.CDLL(torch._C.__file__).GOMP_parallel
+        library = ctypes.CDLL(torch._C.__file__)
+        parallel, thread = library.GOMP_parallel, library.omp_get_thread_num
     except (OSError, AttributeError):
         return None
-    parallel.argtypes, parallel.restype = [_CALLBACK, ctypes.py_object, ctypes.c_uint, ctypes.c_uint], None
-    return parallel
+    parallel.argtypes, parallel.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
+    thread.argtypes, thread.restype = [], ctypes.c_int
+
+    @numba.cfunc("void(voidptr)")
+    def enter(call):
+        if thread() < numba.carray(call, 1, np.int64)[0]:
+            _take_shares(call)
+
+    return lambda call, n_threads: parallel(enter.address, ctypes.byref(call), n_threads, 0)
 
 
 @cache

@@ -60,10 +60,21 @@ def test_an_interrupt_that_python_drops_is_raised_though_others_take_all_shares(
 
 def test_openmp_is_asked_for_all_threads_as_it_ends_those_left_out(monkeypatch):
     asked = []
-    monkeypatch.setattr(_compiled, "_openmp", lambda: lambda take, shares, n, flags: (asked.append(n), shares.take()))
+    monkeypatch.setattr(_compiled, "_openmp", lambda: lambda call, n: (asked.append(n), call.shares.take()))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     assert on_threads(lambda first, last: last - first, 1000, 2 * _compiled.MIN_WORK) == [500, 500]
     assert asked == [4]
+
+
+@pytest.mark.skipif(_compiled._openmp() is None, reason="PyTorch has no OpenMP that can be asked")
+def test_threads_without_a_share_do_not_ask_for_the_interpreter(monkeypatch):
+    came, take = [], _compiled._Shares.take
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    monkeypatch.setattr(_compiled._Shares, "take", lambda self: (came.append(threading.get_ident()), take(self)))
+    for n_shares in (2, 3):
+        came.clear()
+        assert len(on_threads(lambda first, last: None, 1000, n_shares * _compiled.MIN_WORK)) == n_shares
+        assert len(set(came)) == len(came) == n_shares
 
 
 def test_where_nothing_can_be_written_functions_are_compiled_anew():
