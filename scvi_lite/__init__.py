@@ -25,7 +25,7 @@ MODELS = (
 
 __getattr__, __dir__ = lazy(
     __name__,
-    {name: f"scvi_lite.{name}" for name in ("data", "distributions", "model", "plot", "train")}
+    {name: f"scvi_lite.{name}" for name in ("criticism", "data", "distributions", "model", "plot", "train", "utils")}
     | dict.fromkeys(MODELS, "scvi_lite.model")
     | {"REGISTRY_KEYS": "scvi_lite.data.view"},
 )
@@ -34,11 +34,13 @@ __all__ = [
     "MODELS",
     "REGISTRY_KEYS",
     "__version__",
+    "criticism",
     "data",
     "distributions",
     "model",
     "plot",
     "settings",
     "train",
+    "utils",
     *MODELS,
 ]

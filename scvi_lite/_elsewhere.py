@@ -26,14 +26,19 @@ OWN_CODE = "modules are beside their models: scvi_lite.model.scvi.SCVIModule, or
 
 INSTEAD: dict[str, dict[str, str]] = {
     "scvi_lite": {
-        "criticism": "start from model.posterior_predictive_sample() and model.adata.X",
         "autotune": "call train() with the options to try, and compare model.history['elbo_validation']",
         "hub": "a saved model is a folder of plain files, to be shared as any other: model.save(), SCVI.load()",
         "external": OTHER_MODELS,
         "dataloaders": "train() takes datasplitter_kwargs, and an AnnData may be backed by a file",
         "module": OWN_CODE,
         "nn": "building blocks are imported by name, as in `from scvi_lite.nn.layers import ...`",
-        "utils": "there are none",
+    },
+    "scvi_lite.criticism": {
+        "create_criticism_report": "read the metrics of scvi_lite.criticism.PosteriorPredictiveCheck(adata, models)",
+    },
+    "PosteriorPredictiveCheck": {
+        "differential_expression": "give raw_counts and each of samples to scanpy.tl.rank_genes_groups(), and compare",
+        "samples_dataset": "see samples: for each model, the counts of each draw",
     },
     "scvi_lite.data": {
         **dict.fromkeys(("AnnDataManager", "AnnDataManagerValidationCheck", "AnnTorchDataset", "fields"), PLAIN_SETUP),

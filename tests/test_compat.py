@@ -303,6 +303,21 @@ def test_the_setup_by_the_names_of_scvi_tools(tmp_path, capsys):
         manager.transfer_fields(adata)
 
 
+def test_the_registry_by_the_names_of_scvi_tools(model):
+    fields = model.registry_["field_registries"]
+    assert fields["labels"]["state_registry"]["categorical_mapping"].tolist() == ["label_0", "label_1", "label_2"]
+    assert scvi.utils.attrdict(fields["batch"]["data_registry"]).attr_key == "batch"
+
+
+def test_cells_with_and_without_a_label():
+    adata = make_data()
+    scvi.model.SCANVI.setup_anndata(adata, labels_key="labels", unlabeled_category="label_1")
+    model = scvi.model.SCANVI(adata, n_hidden=8)
+    unknown = adata.obs["labels"] == "label_1"
+    np.testing.assert_array_equal(model._unlabeled_indices, np.flatnonzero(unknown))
+    np.testing.assert_array_equal(model._labeled_indices, np.flatnonzero(~unknown))
+
+
 def test_attributes_with_an_underscore_at_the_end(model):
     assert model.is_trained_ is True
     assert model.history_ is model.history

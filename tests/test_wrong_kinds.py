@@ -223,7 +223,8 @@ def test_plan_options_of_metrics_say_that_they_have_no_effect():
 @pytest.mark.parametrize(
     ("place", "name", "cure"),
     [
-        ("", "criticism", "posterior_predictive_sample"),
+        ("", "hub", "a folder of plain files"),
+        ("criticism", "create_criticism_report", "PosteriorPredictiveCheck"),
         ("data", "AnnDataManager", "model.registry"),
         ("model", "get_max_epochs_heuristic", "20000"),
         ("settings", "reset_logging_handler", "logging.getLogger"),

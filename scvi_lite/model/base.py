@@ -325,6 +325,8 @@ class Model(metaclass=SaysInstead):
         """Called for what is not there: say what to use instead of a name that scvi-tools has."""
         if name in WITH_UNDERSCORE:
             return getattr(self, name[:-1])
+        if name == "registry_":
+            return self.adata_manager.registry
         raise no_attribute(self, name)
 
     def __repr__(self) -> str:

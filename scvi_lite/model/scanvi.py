@@ -235,8 +235,21 @@ class SCANVI(Model):
         names = self.registry.categories("label_n")[:-1]
         if self._is_query:
             learns = any(parameter.requires_grad for parameter in self.module.classifier.parameters())
-            if not (learns and (self.registry.read(self.adata, "label_n") < len(names)).any()):
+            if not (learns and len(self._labeled_indices)):
                 return None
         return Supervision(names, n_per_label=n_per_label)
+
+    @property
+    def _labeled_indices(self) -> np.ndarray:
+        """Rows of the cells with a label, which scripts for scvi-tools count."""
+        return np.flatnonzero(self._has_label())
+
+    @property
+    def _unlabeled_indices(self) -> np.ndarray:
+        """Rows of the cells without a label."""
+        return np.flatnonzero(~self._has_label())
+
+    def _has_label(self) -> np.ndarray:
+        return self.registry.read(self.adata, "label_n") < len(self.registry.categories("label_n")) - 1
 
     _is_pretrained = False  #: by SCVI, after which a few epochs will do
