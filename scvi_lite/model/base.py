@@ -46,7 +46,7 @@ ABSENT = {
 }
 APART = ("self", "cls", "__class__", "adata", "mdata", "network_options", "absent", "trainer_kwargs", "options")
 WITH_UNDERSCORE = tuple(  # how scvi-tools spells some attributes, and scripts with it
-    f"{name}_" for name in ("history", "is_trained", "registry", "train_indices", "validation_indices", "test_indices")
+    f"{name}_" for name in ("history", "is_trained", "train_indices", "validation_indices", "test_indices")
 )
 INFERENCE_BATCH = 1024  # no gradients are kept, so minibatches can be larger than in training
 
