@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +178,36 @@ def without_needless(options: Mapping[str, Any], needless: Mapping[str, str]) ->
         if name in needless and not (value is None or value is False or value == {}):
             warn(f"{name} has no effect: {needless[name]}.")
     return {name: value for name, value in options.items() if name not in needless}
+
+
+def check_choice(choices: Iterable[object], what: str = "an option", title: str = "", **given: object) -> None:
+    """Refuse what is not among the choices; see :func:`unknown` for ``what`` and ``title``.
+
+    >>> check_choice(("vanilla", "change"), mode="change")
+    """
+    for name, value in given.items():
+        if value not in choices:
+            raise ValueError(unknown(name, value, choices, what, title))
+
+
+def check_flag(**flags: object) -> None:
+    """Refuse what is neither True nor False.
+
+    >>> check_flag(log_variational=True)
+    """
+    for name, value in flags.items():
+        if type(value).__name__ not in ("bool", "bool_"):  # the second is NumPy's, which is not imported for it
+            raise ValueError(f"{name}={value!r}: True or False is needed.")
+
+
+def check_whole(least: int = 1, **numbers: Any) -> None:
+    """Refuse what is not a whole number of at least ``least``.
+
+    >>> check_whole(n_samples=3)
+    """
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
+            raise ValueError(f"{name}={value!r}: a whole number of at least {least} is needed.")
 
 
 def check_number(least: float = 0, **numbers: Any) -> None:

@@ -13,10 +13,9 @@ import numpy as np
 import torch
 
 from scvi_lite.analysis.importance import subset
-from scvi_lite.analysis.inputs import whole_number
 from scvi_lite.analysis.latent import log_density, posterior_parameters
 from scvi_lite.data.columns import obs_column
-from scvi_lite.errors import UnknownKeyError
+from scvi_lite.errors import UnknownKeyError, check_whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -82,7 +81,7 @@ def differential_abundance(
     if sample_key is None:
         raise UnknownKeyError("sample_key is needed: the column of adata.obs that names the sample of each cell.")
     if num_cells_posterior is not None:
-        whole_number(num_cells_posterior=num_cells_posterior)
+        check_whole(num_cells_posterior=num_cells_posterior)
     if dof is not None and not (isinstance(dof, Real) and dof > 0):
         raise ValueError(f"dof={dof!r}: a positive number, or None for normal components, is needed.")
     adata = model._check(adata)

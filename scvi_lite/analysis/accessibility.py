@@ -18,9 +18,9 @@ from scvi_lite.analysis.cells import chosen, find_cells, frame, mean_over, minib
 from scvi_lite.analysis.differential import Codes, Features, batch_pairing, compare, sampler_of
 from scvi_lite.analysis.effects import levels, make_test
 from scvi_lite.analysis.groups import find_comparisons
-from scvi_lite.analysis.inputs import minibatch_size, needs_counts, positions_of, to_numpy, whole_number
+from scvi_lite.analysis.inputs import minibatch_size, needs_counts, positions_of, to_numpy
 from scvi_lite.data.checks import value_blocks
-from scvi_lite.errors import StateError, unknown
+from scvi_lite.errors import StateError, check_whole, unknown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -305,7 +305,7 @@ def differential_accessibility(
     """
     if not callable(change_fn) and change_fn not in EFFECTS:
         raise ValueError(unknown("change_fn", change_fn, EFFECTS, "a function or an option"))
-    whole_number(n_samples_overall=n_samples_overall)
+    check_whole(n_samples_overall=n_samples_overall)
     (target,) = levels("fdr_target", fdr_target)[:1] or (0.05,)
     effect = EFFECTS[change_fn] if isinstance(change_fn, str) else change_fn
     options = {"delta": delta, "test_mode": test_mode, "pseudocounts": pseudocounts}

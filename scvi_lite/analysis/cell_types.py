@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from scvi_lite.analysis import latent
-from scvi_lite.analysis.inputs import to_numpy, whole_number
-from scvi_lite.errors import StateError
+from scvi_lite.analysis.inputs import to_numpy
+from scvi_lite.errors import StateError, check_whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,7 +59,7 @@ def get_vamp_prior(model: CondSCVI, adata: AnnData | None = None, p: int = 10) -
     >>> model.get_vamp_prior(p=4)["mean_vprior"].shape
     (3, 4, 5)
     """
-    whole_number(p=p)
+    check_whole(p=p)
     model._warn_if_untrained()
     model.module.eval()
     if (prior := model.module.prior()) is not None:

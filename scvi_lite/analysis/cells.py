@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scvi_lite.analysis.inputs import draw, minibatch_size, whole_number
+from scvi_lite.analysis.inputs import draw, minibatch_size
+from scvi_lite.errors import check_whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,7 +31,7 @@ def find_cells(model: Model, adata: Data | None, indices: Any, n_overall: int | 
     adata = model._check(adata)
     rows = model._rows(adata, indices)
     if n_overall is not None:
-        whole_number(n_samples_overall=n_overall)
+        check_whole(n_samples_overall=n_overall)
         rows = draw(rows, n_overall)
     model._warn_if_untrained()
     return adata, rows
@@ -38,9 +39,9 @@ def find_cells(model: Model, adata: Data | None, indices: Any, n_overall: int | 
 
 def check_samples(n_samples: int, n_samples_overall: int | None) -> None:
     """Refuse numbers of draws below 1, or both of each cell and overall."""
-    whole_number(n_samples=n_samples)
+    check_whole(n_samples=n_samples)
     if n_samples_overall is not None:
-        whole_number(n_samples_overall=n_samples_overall)
+        check_whole(n_samples_overall=n_samples_overall)
         if n_samples > 1:
             raise ValueError("n_samples and n_samples_overall are given; use one of them.")
 
@@ -92,7 +93,7 @@ def ask_cells(
     dict
         (n, features) float32 each; (s, n, features) with several draws that are not averaged.
     """
-    whole_number(n_samples=n_samples)
+    check_whole(n_samples=n_samples)
     several = n_samples > 1 and not at_mean
     values: dict[str, np.ndarray] = {}
     size = minibatch_size(batch_size, n_samples * model.module.config.n_inputs)

@@ -17,9 +17,9 @@ from scvi_lite.analysis.effects import Change, Draws, Pairs, Vanilla, levels, ma
 from scvi_lite.analysis.expression import decode_draws
 from scvi_lite.analysis.groups import Comparison, count_statistics, find_comparisons
 from scvi_lite.analysis.importance import OPTIONS, draw_latent
-from scvi_lite.analysis.inputs import needs_counts, whole_number
+from scvi_lite.analysis.inputs import needs_counts
 from scvi_lite.analysis.latent import posterior_parameters
-from scvi_lite.errors import StateError, as_options, check_options, unknown
+from scvi_lite.errors import StateError, as_options, check_choice, check_options, check_whole, unknown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -185,7 +185,7 @@ def differential_expression(
     if change_fn is not None and not callable(change_fn) and change_fn != "log-fold":
         raise ValueError(unknown("change_fn", change_fn, ["log-fold"], "a function or an option"))
     check_weights(model, weights, importance_weighting_kwargs)
-    whole_number(n_samples_overall=n_samples_overall, m_permutation=m_permutation)
+    check_whole(n_samples_overall=n_samples_overall, m_permutation=m_permutation)
     test = make_test(
         mode,
         delta=delta,
@@ -214,8 +214,8 @@ def differential_expression(
 
 def check_weights(model: Model, weights: str | None, options: Mapping[str, Any] | None) -> None:
     """Refuse weights that there are not, that the data do not allow, or options that they do not take."""
-    if weights not in (None, "uniform", "importance"):
-        raise ValueError(unknown("weights", weights, ["uniform", "importance"]))
+    if weights is not None:
+        check_choice(("uniform", "importance"), weights=weights)
     if weights == "importance":
         needs_counts(model, "weights='importance'")
     check_options("importance_weighting_kwargs", as_options("importance_weighting_kwargs", options), OPTIONS)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from scvi_lite.errors import check_number, unknown
+from scvi_lite.errors import check_choice, check_number
 
 EPS = 1e-8
 BLOCK = 1 << 19  # numbers of a block of genes: 2 MiB, which stay in the processor's cache
@@ -129,8 +129,7 @@ class Change:
     sort_by: str = "proba_de"
 
     def __post_init__(self) -> None:
-        if self.test_mode not in ("two", "three"):
-            raise ValueError(unknown("test_mode", self.test_mode, ["two", "three"]))
+        check_choice(("two", "three"), test_mode=self.test_mode)
         check_number(delta=self.delta, pseudocounts=self.pseudocounts)
 
     def __call__(self, one: Draws, two: Draws, pairs: Pairs) -> Columns:
@@ -333,7 +332,6 @@ def make_test(mode: str, **options: Any) -> Vanilla | Change:
     ValueError
         If the mode or the value of an option does not exist.
     """
-    if mode not in ("vanilla", "change"):
-        raise ValueError(unknown("mode", mode, ["vanilla", "change"]))
+    check_choice(("vanilla", "change"), mode=mode)
     change = Change(**options)
     return Vanilla() if mode == "vanilla" else change

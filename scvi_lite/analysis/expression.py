@@ -18,7 +18,7 @@ from torch import Tensor
 from scvi_lite.analysis.cells import check_samples, find_cells, frame, mean_over, minibatches, n_draws
 from scvi_lite.analysis.importance import draw_latent
 from scvi_lite.analysis.inputs import gene_positions, minibatch_size
-from scvi_lite.errors import unknown
+from scvi_lite.errors import check_choice, unknown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -107,8 +107,8 @@ def get_normalized_expression(
     genes = gene_positions(model, gene_list)
     codes = model._batch_codes(transform_batch)
     check_library_size(library_size)
-    if weights not in (None, "uniform", "importance"):
-        raise ValueError(unknown("weights", weights, ["uniform", "importance"]))
+    if weights is not None:
+        check_choice(("uniform", "importance"), weights=weights)
     check_samples(n_samples, n_samples_overall)
     if weights == "importance" and n_samples_overall is None:
         raise ValueError("weights='importance' weights draws from many cells: give n_samples_overall, e.g. 5000.")

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scvi_lite.analysis.inputs import NUMBERS_AT_ONCE, draw, minibatch_size, needs_counts, whole_number
+from scvi_lite.analysis.inputs import NUMBERS_AT_ONCE, draw, minibatch_size, needs_counts
 from scvi_lite.analysis.latent import log_density, posterior_parameters
 from scvi_lite.analysis.likelihood import log_evidence
-from scvi_lite.errors import as_options, check_options
+from scvi_lite.errors import as_options, check_options, check_whole
 from scvi_lite.nn.normal import draw_normal
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def get_importance_weights(
         If the data were minified without counts.
     """
     needs_counts(model, "weights='importance'")
-    whole_number(max_cells=max_cells, n_mc_samples=n_mc_samples, n_mc_samples_per_pass=n_mc_samples_per_pass)
+    check_whole(max_cells=max_cells, n_mc_samples=n_mc_samples, n_mc_samples_per_pass=n_mc_samples_per_pass)
     z_sk = torch.as_tensor(zs)
     n_latent = model.module.config.n_latent
     if z_sk.dim() != 2 or z_sk.shape[1] != n_latent:
@@ -129,7 +129,7 @@ def get_importance_weights(
 
 def subset(rows: np.ndarray, n: int) -> np.ndarray:
     """At most ``n`` of the rows, drawn without replacement."""
-    whole_number(max_cells=n)
+    check_whole(max_cells=n)
     return rows if len(rows) <= n else rows[torch.randperm(len(rows))[:n].numpy()]
 
 

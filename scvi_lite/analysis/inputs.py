@@ -16,6 +16,7 @@ from scvi_lite.errors import (
     StateError,
     UnknownKeyError,
     as_options,
+    check_whole,
     listing,
     nearest,
     unknown,
@@ -33,16 +34,6 @@ MAX_BATCH = 1024
 LOADER = {"dataloader": "name the cells with adata and indices; an AnnData may be backed by a file"}
 P = ParamSpec("P")
 R = TypeVar("R")
-
-
-def whole_number(**numbers: Any) -> None:
-    """Refuse what is not a whole number of at least 1.
-
-    >>> whole_number(n_samples=3)
-    """
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-            raise ValueError(f"{name}={value!r}: a whole number of at least 1 is needed.")
 
 
 def without_loaders(question: Callable[P, R]) -> Callable[P, R]:
@@ -187,7 +178,7 @@ def minibatch_size(batch_size: int | None, numbers_per_cell: int) -> int:
     if batch_size is None:
         batch_size = settings.batch_size
     if batch_size is not None:
-        whole_number(batch_size=batch_size)
+        check_whole(batch_size=batch_size)
         return int(batch_size)
     # Twice the size: a product reads its weights once for each minibatch.
     return max(1, min(MAX_BATCH, 2 * NUMBERS_AT_ONCE // max(1, numbers_per_cell)))

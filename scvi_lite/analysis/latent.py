@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scvi_lite.analysis.inputs import NUMBERS_AT_ONCE, minibatch_size, to_numpy, whole_number
-from scvi_lite.errors import UnknownKeyError
+from scvi_lite.analysis.inputs import NUMBERS_AT_ONCE, minibatch_size, to_numpy
+from scvi_lite.errors import UnknownKeyError, check_whole
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -90,7 +90,7 @@ def positions(
     if return_dist:
         posteriors = [encode(batch) for batch in model._minibatches(adata, indices, batch_size)]
         return to_numpy([q.z_loc_nk for q in posteriors]), to_numpy([q.z_scale_nk for q in posteriors]) ** 2
-    whole_number(mc_samples=mc_samples)
+    check_whole(mc_samples=mc_samples)
     on_simplex = model.module.config.latent_distribution == "ln"
     if on_simplex and give_mean and batch_size is None:
         batch_size = minibatch_size(None, mc_samples * model.module.config.n_latent)

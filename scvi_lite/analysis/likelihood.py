@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scvi_lite.analysis.inputs import NUMBERS_AT_ONCE, minibatch_size, needs_counts, whole_number
+from scvi_lite.analysis.inputs import NUMBERS_AT_ONCE, minibatch_size, needs_counts
+from scvi_lite.errors import check_whole
 from scvi_lite.nn.vae import Posterior
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ def get_marginal_ll(
     """
     model._warn_if_untrained()
     needs_counts(model, "get_marginal_ll")
-    whole_number(n_mc_samples=n_mc_samples, n_mc_samples_per_pass=n_mc_samples_per_pass or 1)
+    check_whole(n_mc_samples=n_mc_samples, n_mc_samples_per_pass=n_mc_samples_per_pass or 1)
     if batch_size is None:
         batch_size = minibatch_size(None, min(n_mc_samples, 16) * model.module.config.n_genes)
     evidence = [

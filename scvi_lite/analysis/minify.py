@@ -13,7 +13,7 @@ from scvi_lite.data.fields import Continuous, Embedding, Field
 from scvi_lite.data.genes import replace_modalities
 from scvi_lite.data.modalities import is_mudata
 from scvi_lite.data.registry import MINIFY_KEY, WITHOUT_COUNTS, note
-from scvi_lite.errors import StateError, UnknownKeyError, unknown
+from scvi_lite.errors import StateError, UnknownKeyError, check_choice, unknown
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -66,8 +66,7 @@ def minify_adata(
     >>> model.adata.X.nnz, model.get_latent_representation().shape
     (0, (100, 10))
     """
-    if minified_data_type not in (WITHOUT_COUNTS, WITH_COUNTS):
-        raise ValueError(unknown("minified_data_type", minified_data_type, [WITHOUT_COUNTS, WITH_COUNTS]))
+    check_choice((WITHOUT_COUNTS, WITH_COUNTS), minified_data_type=minified_data_type)
     if model.module.config.latent_library:
         raise ValueError(
             "This model infers library sizes from counts, and cannot do without. Only models with "

@@ -19,11 +19,10 @@ from scvi_lite.analysis.inputs import (
     gene_positions,
     needs_counts,
     to_numpy,
-    whole_number,
 )
 from scvi_lite.analysis.latent import positions
 from scvi_lite.analysis.proteins import answer, protein_positions
-from scvi_lite.errors import StateError, unknown, warn
+from scvi_lite.errors import StateError, check_choice, check_whole, warn
 from scvi_lite.nn.vae import Posterior
 
 if TYPE_CHECKING:
@@ -72,8 +71,7 @@ def get_latent_representation(
     """
     module = model.module
     known = ("joint", *module.config.modalities)
-    if modality not in known:
-        raise ValueError(unknown("modality", modality, known))
+    check_choice(known, modality=modality)
     if modality != "joint":
         needs_counts(model, f"modality={modality!r}")
 
@@ -167,7 +165,7 @@ def _decoded(
 ) -> tuple[np.ndarray, pd.Index]:
     """What a decoder says at the posterior mean of cells, or at draws; and the names of the cells."""
     codes = model._batch_codes(transform_batch)
-    whole_number(n_samples=n_samples)
+    check_whole(n_samples=n_samples)
     if n_samples > 1 and use_z_mean:
         warn(f"n_samples={n_samples} changes nothing: the posterior mean is decoded. Give use_z_mean=False for draws.")
         n_samples = 1

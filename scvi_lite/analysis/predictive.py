@@ -11,8 +11,8 @@ from torch import Tensor
 
 from scvi_lite.analysis.cells import Parts, ask_cells, find_cells, minibatches, n_draws
 from scvi_lite.analysis.expression import draw_library, select_genes
-from scvi_lite.analysis.inputs import gene_positions, minibatch_size, whole_number
-from scvi_lite.errors import unknown
+from scvi_lite.analysis.inputs import gene_positions, minibatch_size
+from scvi_lite.errors import check_choice, check_whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -79,7 +79,7 @@ def posterior_predictive_sample(
 
     genes = gene_positions(model, gene_list)
     codes = model._batch_codes(transform_batch)
-    whole_number(n_samples=n_samples)
+    check_whole(n_samples=n_samples)
     adata, rows = find_cells(model, adata, indices)
     n_genes = model.module.config.n_genes
     coordinates: list[Tensor] = []
@@ -207,11 +207,10 @@ def get_feature_correlation_matrix(
 
 def check_correlation(kind: str, size_factor: float, n_samples: int) -> None:
     """Refuse what ``get_feature_correlation_matrix`` cannot do."""
-    if kind not in ("spearman", "pearson"):
-        raise ValueError(unknown("correlation_type", kind, ["spearman", "pearson"]))
+    check_choice(("spearman", "pearson"), correlation_type=kind)
     if not size_factor > 0:
         raise ValueError(f"rna_size_factor={size_factor!r}: a positive number is needed.")
-    whole_number(n_samples=n_samples)
+    check_whole(n_samples=n_samples)
 
 
 def check_several(rows: np.ndarray) -> None:

@@ -16,7 +16,7 @@ from scvi_lite.analysis import differential
 from scvi_lite.analysis.cells import Parts, ask_cells, check_samples, chosen, find_cells, frame, n_draws
 from scvi_lite.analysis.expression import check_library_size, expected, log_library
 from scvi_lite.analysis.inputs import gene_positions, positions_of
-from scvi_lite.errors import check_not_negative, unknown
+from scvi_lite.errors import check_choice, check_not_negative
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -233,8 +233,8 @@ def differential_expression(
     check_not_negative(protein_prior_count=protein_prior_count)
     names_of = {"rna": model._gene_names, "protein": model.protein_names}
     asked = names_of if use_field is None else [use_field] if isinstance(use_field, str) else list(use_field)
-    if strange := [kind for kind in asked if kind not in names_of]:
-        raise ValueError(unknown("use_field", strange[0], names_of))
+    for kind in asked:
+        check_choice(names_of, use_field=kind)
     kinds = [kind for kind in names_of if kind in asked]
     names = [name for kind in kinds for name in names_of[kind]]
 

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scvi_lite.analysis.inputs import minibatch_size, to_numpy, whole_number
-from scvi_lite.errors import StateError, UnknownKeyError, listing, unknown
+from scvi_lite.analysis.inputs import minibatch_size, to_numpy
+from scvi_lite.errors import StateError, UnknownKeyError, check_whole, listing, unknown
 from scvi_lite.nn.conditional import CondSCVIModule
 from scvi_lite.nn.normal import draw_normal
 
@@ -206,7 +206,7 @@ def get_latent_representation(
     RuntimeError
         If the model has no such latent space.
     """
-    whole_number(mc_samples=mc_samples)
+    check_whole(mc_samples=mc_samples)
     if not model.module.has_encoder:
         raise StateError(
             "The networks of this DestVI read counts, not a latent space of the spots. Make one that has it: "

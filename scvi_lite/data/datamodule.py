@@ -16,7 +16,7 @@ from scvi_lite.data.registry import Registry
 from scvi_lite.data.sampler import SequentialSampler, TrainingSampler, shard
 from scvi_lite.data.store import CellStore
 from scvi_lite.data.supervision import SupervisedSampler, Supervision
-from scvi_lite.errors import unknown
+from scvi_lite.errors import check_choice
 
 SHUFFLES = ("shard", "all")
 # No gradients are kept, so minibatches can be larger than in training: up to so many cells, or numbers in all.
@@ -68,8 +68,7 @@ class CellDataModule(pl.LightningDataModule):
         supervision: Supervision | None = None,
     ):
         super().__init__()
-        if shuffle_over not in SHUFFLES:
-            raise ValueError(unknown("shuffle_over", shuffle_over, SHUFFLES))
+        check_choice(SHUFFLES, shuffle_over=shuffle_over)
         self.source, self.shuffle_over = source, shuffle_over
         self.store, self.split, self.batch_size = store, split, batch_size
         self.seed, self.drop_last = seed, drop_last

@@ -13,7 +13,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from scvi_lite.data.simulator import numbered, simulate
-from scvi_lite.errors import check_options, unknown
+from scvi_lite.errors import check_choice, check_options
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -139,10 +139,9 @@ def synthetic_iid(
     """
     from anndata import AnnData
 
-    if sparse_format is not None and sparse_format not in SPARSE_FORMATS:
-        raise ValueError(unknown("sparse_format", sparse_format, SPARSE_FORMATS, "a sparse format", "Formats"))
-    if rna_dist not in ("nb", "normal"):
-        raise ValueError(unknown("rna_dist", rna_dist, ["nb", "normal"]))
+    if sparse_format is not None:
+        check_choice(SPARSE_FORMATS, "a sparse format", "Formats", sparse_format=sparse_format)
+    check_choice(("nb", "normal"), rna_dist=rna_dist)
     if min(batch_size, n_batches, n_genes) < 1:
         raise ValueError("synthetic_iid needs batch_size, n_batches and n_genes of at least 1.")
     check_options("synthetic_iid()", names, NAMES)

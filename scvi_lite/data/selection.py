@@ -14,7 +14,7 @@ from scvi_lite.data.checks import check_counts, has_fractions, value_blocks
 from scvi_lite.data.fields import Categorical, Matrix
 from scvi_lite.data.registry import check_anndata
 from scvi_lite.data.rows import Rows
-from scvi_lite.errors import check_options, without_needless
+from scvi_lite.errors import check_options, check_whole, without_needless
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -88,8 +88,7 @@ def poisson_gene_selection(
     known = ("layer", "n_top_genes", "subset", "inplace", "batch_key")
     check_options("poisson_gene_selection()", without_needless(needless, NEEDLESS), known)
     check_anndata(adata)
-    if isinstance(n_top_genes, bool) or not isinstance(n_top_genes, int | np.integer) or n_top_genes < 1:
-        raise ValueError(f"n_top_genes={n_top_genes!r}: a whole number of at least 1 is needed.")
+    check_whole(n_top_genes=n_top_genes)
     batch_n = Categorical.read(adata, Categorical("batch_n", "batch_key", batch_key).register(adata))
     counts = Matrix.read(adata, {"layer": layer})
     where = "adata.X" if layer is None else f"adata.layers[{layer!r}]"

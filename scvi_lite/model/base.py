@@ -17,7 +17,7 @@ import torch
 from scvi_lite._elsewhere import SaysInstead, no_attribute
 from scvi_lite._settings import settings
 from scvi_lite.analysis import minify
-from scvi_lite.analysis.inputs import batch_codes, cell_rows, whole_number, without_loaders
+from scvi_lite.analysis.inputs import batch_codes, cell_rows, without_loaders
 from scvi_lite.data import registry as registries
 from scvi_lite.data.batch import Batch
 from scvi_lite.data.disk import LazyStore
@@ -25,7 +25,7 @@ from scvi_lite.data.fields import Columns, Field
 from scvi_lite.data.genes import match_genes
 from scvi_lite.data.modalities import is_mudata
 from scvi_lite.data.registry import Registry
-from scvi_lite.errors import StateError, as_options, warn, without_absent
+from scvi_lite.errors import StateError, as_options, check_whole, warn, without_absent
 from scvi_lite.model import files, setup
 from scvi_lite.nn.module import Module
 from scvi_lite.train.plan import Plan
@@ -152,7 +152,7 @@ class Model(metaclass=SaysInstead):
         """
         adata = self._check(adata)
         batch_size = (settings.batch_size or INFERENCE_BATCH) if batch_size is None else batch_size
-        whole_number(batch_size=batch_size)
+        check_whole(batch_size=batch_size)
         store = LazyStore(adata, self.registry, self._rows(adata, indices), with_counts)
         self.module.eval()
         for batch in store.batches(int(batch_size)):

@@ -18,7 +18,7 @@ from scvi_lite.analysis.inputs import draw
 from scvi_lite.data.disk import LazyStore
 from scvi_lite.data.fields import Matrix, columns_of_obs
 from scvi_lite.data.labels import Labels
-from scvi_lite.errors import check_not_negative, listing, warn
+from scvi_lite.errors import check_flag, check_not_negative, listing, warn
 from scvi_lite.model.base import Model, arguments_of
 from scvi_lite.nn.conditional import CondConfig, CondSCVIModule
 from scvi_lite.nn.configure import configure
@@ -131,8 +131,7 @@ class CondSCVI(Model):
 
     def _make_module(self, arguments: dict[str, Any]) -> CondSCVIModule:
         options = dict(arguments)
-        if not isinstance(weight_obs := options.pop("weight_obs", False), bool):
-            raise ValueError(f"weight_obs={weight_obs!r}: True or False is needed.")
+        check_flag(weight_obs=(weight_obs := options.pop("weight_obs", False)))
         ct_weight = options.pop("ct_weight", None)
         fixed = dict(gene_likelihood="nb", batch_representation="embedding", n_fine_labels=len(self.fine_labels))
         defaults = dict(n_latent=5, n_layers=2, dropout_rate=0.05)

@@ -34,6 +34,8 @@ class LinearConfig(VAEConfig):
 
     bias: bool = False  #: of the decoder, where no batch norm shifts its outputs
 
+    switches = (*VAEConfig.switches, "bias")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.dispersion == "gene-cell":
@@ -41,8 +43,6 @@ class LinearConfig(VAEConfig):
                 "dispersion='gene-cell': a linear decoder has no hidden layer to compute it from. "
                 "Use 'gene', 'gene-batch' or 'gene-label'."
             )
-        if not isinstance(self.bias, bool):
-            raise ValueError(f"bias={self.bias!r}: True or False is needed.")
 
 
 class LinearMap(nn.Module):

@@ -13,7 +13,7 @@ from torch.nn.functional import leaky_relu
 from scvi_lite.analysis import abundance, accessibility, latent, likelihood
 from scvi_lite.data.batch import Batch
 from scvi_lite.data.fields import Matrix, columns_of_obs
-from scvi_lite.errors import as_options, unknown
+from scvi_lite.errors import as_options, check_choice
 from scvi_lite.model import query
 from scvi_lite.model.base import Model, arguments_of
 from scvi_lite.nn.accessibility import Accessibility, Head, default_sizes
@@ -26,9 +26,6 @@ from scvi_lite.train.plan import Plan
 
 if TYPE_CHECKING:
     from anndata import AnnData
-
-
-KL_SCALES = ("cell", "minibatch")
 
 
 @dataclass(frozen=True)
@@ -49,8 +46,7 @@ class PeakPlan(Plan):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.kl_scale not in KL_SCALES:
-            raise ValueError(unknown("kl_scale", self.kl_scale, KL_SCALES))
+        check_choice(("cell", "minibatch"), kl_scale=self.kl_scale)
 
 
 @dataclass(frozen=True)
@@ -61,8 +57,8 @@ class PeakConfig(VAEConfig):
     model_depth: bool = True
     region_factors: bool = True
 
-    switches: ClassVar[tuple[str, ...]] = (*VAEConfig.switches, "model_depth", "region_factors")
-    sizes: ClassVar[tuple[str, ...]] = (*VAEConfig.sizes, "n_layers_decoder")
+    switches = (*VAEConfig.switches, "model_depth", "region_factors")
+    sizes = (*VAEConfig.sizes, "n_layers_decoder")
 
 
 class PEAKVIModule(VAE):

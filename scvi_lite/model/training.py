@@ -16,7 +16,7 @@ from scvi_lite._settings import settings
 from scvi_lite.data.datamodule import CellDataModule, Split
 from scvi_lite.data.disk import load_for_training
 from scvi_lite.data.sampler import check_external, split_rows
-from scvi_lite.errors import as_options, check_options, warn, without_needless
+from scvi_lite.errors import as_options, check_options, check_whole, warn, without_needless
 from scvi_lite.train import options as asked
 from scvi_lite.train.checkpoint import Start, read_checkpoint
 from scvi_lite.train.fit import fit
@@ -69,7 +69,7 @@ def fit_model(
     defaults.pop("trainer_kwargs", None)
     stopping, options = asked.sort_options({"early_stopping": early_stopping, **trainer_kwargs}, defaults)
     batch_size = (settings.batch_size or 128) if batch_size is None else batch_size
-    asked.check_whole("batch_size", batch_size, least=2)
+    check_whole(least=2, batch_size=batch_size)
     max_epochs, plan = _length_and_plan(model, preset, max_epochs, plan_kwargs, options)
     if shuffle_set_split not in (True, False):
         raise ValueError(f"shuffle_set_split={shuffle_set_split!r}: True or False is needed.")
@@ -122,7 +122,7 @@ def _length_and_plan(
     """
     given = as_options("plan_kwargs", plan_kwargs)
     if max_epochs is not None:
-        asked.check_whole("max_epochs", max_epochs)
+        check_whole(max_epochs=max_epochs)
         max_epochs = int(max_epochs)  # Lightning takes no integer of NumPy
     if preset is not None:
         if "preset" not in inspect.signature(model.train).parameters:

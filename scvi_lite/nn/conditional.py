@@ -14,14 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scvi_lite.data.batch import Batch
-from scvi_lite.errors import unknown
 from scvi_lite.nn.layers import Activation, Hidden, rows
 from scvi_lite.nn.module import Loss
 from scvi_lite.nn.normal import kl_normal, log_normal
 from scvi_lite.nn.rates import Rates
 from scvi_lite.nn.vae import CountVAE, Posterior, VAEConfig
-
-PRIORS = ("normal", "mog", "vamp")
 
 
 @dataclass(frozen=True)
@@ -32,12 +29,8 @@ class CondConfig(VAEConfig):
     num_classes_mog: int = 10  #: components of the prior of each label
     n_fine_labels: int = 0
 
+    choices = VAEConfig.choices | {"prior": ("normal", "mog", "vamp")}
     sizes = (*VAEConfig.sizes, "num_classes_mog")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.prior not in PRIORS:
-            raise ValueError(unknown("prior", self.prior, PRIORS))
 
 
 @dataclass

@@ -6,30 +6,28 @@ Lopez et al. 2022, doi:10.1038/s41587-022-01272-8
 from __future__ import annotations
 
 from dataclasses import dataclass
-from numbers import Integral
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scvi_lite.data.batch import Batch
-from scvi_lite.errors import unknown
+from scvi_lite.errors import check_whole
 from scvi_lite.nn.conditional import ConditionalDecoder, LabelMixture, normed
+from scvi_lite.nn.config import Config
 from scvi_lite.nn.layers import Encoder
 from scvi_lite.nn.mixing import mean_softmax
 from scvi_lite.nn.module import Loss, Module
 from scvi_lite.nn.normal import draw_normal, kl_normal, log_normal
 from scvi_lite.nn.rates import Rates
 
-AMORTIZATION = ("none", "latent", "proportion", "both")
-PRIOR_MODES = ("mog", "normal")
 LEAST_WEIGHT = 1e-3  # of the prior of a cell type that a spot lacks
 USUAL_BATCH = 128  # spots over which scvi-tools sums what the extra cell types take
 SPARSE_SHARES = 0.1  # concentration of the shares of cell types in a simulated spot: most have one type or two
 
 
 @dataclass(frozen=True)
-class SpotConfig:
+class SpotConfig(Config):
     """Sizes and options of a :class:`SpotModule`. Checked when made."""
 
     n_genes: int
@@ -50,21 +48,16 @@ class SpotConfig:
     dropout_amortization: float = 0.03
     n_latent_amortization: int | None = None
 
+    choices = {"amortization": ("none", "latent", "proportion", "both"), "prior_mode": ("mog", "normal")}
+    sizes = ("n_states_per_label", "n_samples_augmentation")
+    switches = ("augmentation",)
+    rates = ("dropout_amortization",)
+
     def __post_init__(self) -> None:
-        for name, choices in (("amortization", AMORTIZATION), ("prior_mode", PRIOR_MODES)):
-            if getattr(self, name) not in choices:
-                raise ValueError(unknown(name, getattr(self, name), choices))
-        wholes = {"n_states_per_label": 1, "n_samples_augmentation": 1, "add_celltypes": 0}
+        super().__post_init__()
+        check_whole(least=0, add_celltypes=self.add_celltypes)
         if self.n_latent_amortization is not None:
-            wholes["n_latent_amortization"] = 1
-        for name, least in wholes.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-                raise ValueError(f"{name}={value!r}: a whole number of at least {least} is needed.")
-        if not isinstance(self.augmentation, bool):
-            raise ValueError(f"augmentation={self.augmentation!r}: True or False is needed.")
-        if not 0 <= self.dropout_amortization < 1:
-            raise ValueError(f"dropout_amortization={self.dropout_amortization!r}: a number in [0, 1) is needed.")
+            check_whole(n_latent_amortization=self.n_latent_amortization)
 
     @property
     def n_states(self) -> int:

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import leaky_relu
 
 from scvi_lite.data.batch import Batch, Counts
-from scvi_lite.errors import unknown
 from scvi_lite.nn.accessibility import Accessibility, Head
 from scvi_lite.nn.layers import Encoder, rows
 from scvi_lite.nn.module import Loss
@@ -20,11 +18,6 @@ from scvi_lite.nn.normal import kl_normal
 from scvi_lite.nn.protein import DISPERSIONS, LEARNT, ProteinDecoder, ProteinRates
 from scvi_lite.nn.vae import VAE, CountVAE, Decoder, Posterior, VAEConfig, by_code
 
-CHOICES = {
-    "modality_weights": ("equal", "universal", "cell"),
-    "modality_penalty": ("Jeffreys", "exact-Jeffreys", "MMD", "None"),
-    "protein_dispersion": DISPERSIONS,
-}
 WIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the kernels of the MMD, in the units of the prior of z
 NEVER = -1e9  # logit of a modality that a cell lacks
 SMALLEST = 1e-12
@@ -46,14 +39,13 @@ class MultiConfig(VAEConfig):
     n_proteins: int = 0
     protein_dispersion: str = "protein"
 
-    sizes: ClassVar[tuple[str, ...]] = (*VAEConfig.sizes, "n_layers_decoder")
-    switches: ClassVar[tuple[str, ...]] = (*VAEConfig.switches, "region_factors")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(unknown(name, getattr(self, name), choices))
+    choices = VAEConfig.choices | {
+        "modality_weights": ("equal", "universal", "cell"),
+        "modality_penalty": ("Jeffreys", "exact-Jeffreys", "MMD", "None"),
+        "protein_dispersion": DISPERSIONS,
+    }
+    sizes = (*VAEConfig.sizes, "n_layers_decoder")
+    switches = (*VAEConfig.switches, "region_factors")
 
     @property
     def modalities(self) -> dict[str, int]:

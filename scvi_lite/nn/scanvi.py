@@ -37,10 +37,10 @@ class SCANVIConfig(VAEConfig):
     classifier_parameters: Mapping[str, Any] | None = None
     y_prior: Sequence[float] | None = None
 
+    switches = (*VAEConfig.switches, "linear_classifier")
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.linear_classifier, bool):
-            raise ValueError(f"linear_classifier={self.linear_classifier!r}: True or False is needed.")
         check_options(
             "classifier_parameters", as_options("classifier_parameters", self.classifier_parameters), CLASSIFIER_OPTIONS
         )

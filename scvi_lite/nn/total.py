@@ -8,14 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from numbers import Real
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from scvi_lite.data.batch import Batch, Counts
-from scvi_lite.errors import unknown
+from scvi_lite.errors import check_choice
 from scvi_lite.nn.layers import Hidden, rows
 from scvi_lite.nn.module import Loss
 from scvi_lite.nn.protein import DISPERSIONS, LEARNT, ProteinDecoder, ProteinRates, SkipHead
@@ -41,19 +39,13 @@ class TotalConfig(VAEConfig):
     dropout_rate_decoder: float = 0.2
     protein_dispersion: str = "protein"
 
-    sizes: ClassVar[tuple[str, ...]] = (*VAEConfig.sizes, "n_layers_decoder")
+    choices = VAEConfig.choices | {"gene_likelihood": ("nb", "zinb", "poisson"), "protein_dispersion": DISPERSIONS}
+    sizes = (*VAEConfig.sizes, "n_layers_decoder")
+    rates = (*VAEConfig.rates, "dropout_rate_decoder")
 
     def __post_init__(self) -> None:
+        check_choice(("gene", "gene-batch", "gene-label"), gene_dispersion=self.dispersion)
         super().__post_init__()
-        for name, choices in {
-            "gene_likelihood": ("nb", "zinb", "poisson"),
-            "dispersion": ("gene", "gene-batch", "gene-label"),
-            "protein_dispersion": DISPERSIONS,
-        }.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(unknown("gene_" * (name == "dispersion") + name, getattr(self, name), choices))
-        if not (isinstance(self.dropout_rate_decoder, Real) and 0 <= self.dropout_rate_decoder < 1):
-            raise ValueError(f"dropout_rate_decoder={self.dropout_rate_decoder!r}: a number in [0, 1) is needed.")
 
     @property
     def n_inputs(self) -> int:

@@ -4,36 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import ClassVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scvi_lite.data.batch import Batch, Counts
-from scvi_lite.errors import unknown
+from scvi_lite.nn.config import Choices, Config
 from scvi_lite.nn.layers import VARIANCE, Activation, Encoder, Hidden, rows
 from scvi_lite.nn.module import Module
 from scvi_lite.nn.normal import draw_normal, kl_normal, log_normal
 from scvi_lite.nn.rates import LIKELIHOODS, Rates
 
 WHERE = ("none", "encoder", "decoder", "both")
-SWITCHES = ("log_variational", "encode_covariates", "deeply_inject_covariates", "use_observed_lib_size")
-CHOICES = {
-    "dispersion": ("gene", "gene-batch", "gene-label", "gene-cell"),
-    "gene_likelihood": LIKELIHOODS,
-    "latent_distribution": ("normal", "ln"),
-    "batch_representation": ("one-hot", "embedding"),
-    "use_batch_norm": WHERE,
-    "use_layer_norm": WHERE,
-    "var_activation": tuple(VARIANCE),
-}
 
 
 @dataclass(frozen=True)
-class VAEConfig:
+class VAEConfig(Config):
     """Sizes and options of a :class:`CountVAE`. Checked when made."""
 
     n_genes: int
@@ -59,22 +47,20 @@ class VAEConfig:
     use_observed_lib_size: bool = True
     var_activation: str = "exp"
 
+    choices: ClassVar[Choices] = {
+        "dispersion": ("gene", "gene-batch", "gene-label", "gene-cell"),
+        "gene_likelihood": LIKELIHOODS,
+        "latent_distribution": ("normal", "ln"),
+        "batch_representation": ("one-hot", "embedding"),
+        "use_batch_norm": WHERE,
+        "use_layer_norm": WHERE,
+        "var_activation": tuple(VARIANCE),
+    }
     sizes: ClassVar[tuple[str, ...]] = ("n_hidden", "n_latent", "n_layers", "batch_embedding_dim")
-    switches: ClassVar[tuple[str, ...]] = SWITCHES
-
-    def __post_init__(self) -> None:
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(unknown(name, getattr(self, name), choices))
-        for name in self.sizes:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-                raise ValueError(f"{name}={value!r}: a whole number of at least 1 is needed.")
-        for name in self.switches:
-            if not isinstance(getattr(self, name), bool | np.bool_):
-                raise ValueError(f"{name}={getattr(self, name)!r}: True or False is needed.")
-        if not (isinstance(self.dropout_rate, Real) and 0 <= self.dropout_rate < 1):
-            raise ValueError(f"dropout_rate={self.dropout_rate!r}: a number in [0, 1) is needed.")
+    switches: ClassVar[tuple[str, ...]] = (
+        "log_variational", "encode_covariates", "deeply_inject_covariates", "use_observed_lib_size",
+    )  # fmt: skip
+    rates: ClassVar[tuple[str, ...]] = ("dropout_rate",)
 
     @property
     def n_inputs(self) -> int:

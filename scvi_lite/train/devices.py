@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from scvi_lite.errors import unknown
+from scvi_lite.errors import check_choice
 
 
 def choose_device(accelerator: str, device: int | str | torch.device) -> torch.device:
@@ -22,8 +22,7 @@ def choose_device(accelerator: str, device: int | str | torch.device) -> torch.d
         return torch.device(device)
     number = "" if device == "auto" else f":{device}"
     kinds = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if accelerator not in ("auto", "gpu", *kinds):
-        raise ValueError(unknown("accelerator", accelerator, ["auto", "gpu", *kinds]))
+    check_choice(["auto", "gpu", *kinds], accelerator=accelerator)
     meant = {"auto": ["cuda", "mps", "cpu"], "gpu": ["cuda", "mps"]}.get(accelerator, [accelerator])
     found = [kind for kind in meant if kinds[kind]]
     if not found:

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, Mode
 
 from scvi_lite._elsewhere import NO_LOADERS
 from scvi_lite._settings import settings
-from scvi_lite.errors import check_options, unknown, warn, without_needless
+from scvi_lite.errors import check_choice, check_options, check_whole, unknown, warn, without_needless
 from scvi_lite.train.plan import Plan, is_of_validation, metric_names
 from scvi_lite.train.strategies import as_list
 
@@ -56,27 +56,11 @@ class Stopping:
         for name in ("early_stopping", "enable_checkpointing", "learning_rate_monitor"):
             if getattr(self, name) not in (True, False):
                 raise ValueError(f"{name}={getattr(self, name)!r}: True or False is needed.")
-        if self.early_stopping_mode not in ("min", "max"):
-            raise ValueError(unknown("early_stopping_mode", self.early_stopping_mode, ("min", "max")))
-        check_whole("early_stopping_patience", self.early_stopping_patience)
-        check_whole("early_stopping_warmup_epochs", self.early_stopping_warmup_epochs, least=0)
+        check_choice(("min", "max"), early_stopping_mode=self.early_stopping_mode)
+        check_whole(early_stopping_patience=self.early_stopping_patience)
+        check_whole(least=0, early_stopping_warmup_epochs=self.early_stopping_warmup_epochs)
         if not (math.isfinite(self.early_stopping_min_delta) and self.early_stopping_min_delta >= 0):
             raise ValueError(f"early_stopping_min_delta={self.early_stopping_min_delta!r}: zero or more is needed.")
-
-
-def check_whole(name: str, value: Any, least: int = 1) -> None:
-    """Refuse what is not a whole number of at least ``least``.
-
-    Raises
-    ------
-    ValueError
-        Names the argument and what was given.
-    """
-    whole = not isinstance(value, bool) and (
-        isinstance(value, int) or str(getattr(value, "dtype", "")).startswith(("int", "uint"))
-    )
-    if not whole or value < least:
-        raise ValueError(f"{name}={value!r}: a whole number of at least {least} is needed.")
 
 
 def sort_options(options: Mapping[str, Any], named: Iterable[str] = ()) -> tuple[Stopping, dict[str, Any]]:
@@ -107,7 +91,7 @@ def sort_options(options: Mapping[str, Any], named: Iterable[str] = ()) -> tuple
         if objects:
             raise TypeError(f"{argument}={objects[0]!r}: an object of {kind}, or a list of them, is needed.")
     if given.get("check_val_every_n_epoch") is not None:
-        check_whole("check_val_every_n_epoch", given["check_val_every_n_epoch"])
+        check_whole(check_val_every_n_epoch=given["check_val_every_n_epoch"])
     if any(isinstance(callback, LearningRateMonitor) for callback in callbacks):
         given["learning_rate_monitor"] = True
         if not given.get("logger"):  # to which alone it would tell the learning rate

@@ -8,10 +8,15 @@ from dataclasses import dataclass, fields, replace
 from numbers import Real
 from typing import Any, ClassVar
 
-from scvi_lite.errors import as_options, check_not_negative, check_options, unknown, without_absent, without_needless
+from scvi_lite.errors import (
+    as_options,
+    check_choice,
+    check_not_negative,
+    check_options,
+    without_absent,
+    without_needless,
+)
 
-OPTIMIZERS = ("Adam", "AdamW", "Custom")
-LR_SCHEDULES = ("cosine",)
 LR_RISE = 0.1  # share of a training over which the cosine schedule rises
 NEEDLESS = {
     "on_step": "metrics are those of an epoch; a logger gets the loss of steps from log_every_n_steps",
@@ -81,15 +86,13 @@ class Plan:
     of_loss: ClassVar[tuple[str, ...]] = ()  #: options that the loss is told, which a model's own plan adds
 
     def __post_init__(self) -> None:
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(unknown("optimizer", self.optimizer, OPTIMIZERS))
+        check_choice(("Adam", "AdamW", "Custom"), optimizer=self.optimizer)
         if (self.optimizer == "Custom") != (self.optimizer_creator is not None):
             raise ValueError("optimizer='Custom' and optimizer_creator belong together: give both, or neither.")
         if self.scale_lr and self.optimizer == "Custom":
             raise ValueError("scale_lr=True: with optimizer='Custom', scale it in your optimizer_creator.")
         if self.lr_schedule is not None:
-            if self.lr_schedule not in LR_SCHEDULES:
-                raise ValueError(unknown("lr_schedule", self.lr_schedule, LR_SCHEDULES))
+            check_choice(("cosine",), lr_schedule=self.lr_schedule)
             if self.optimizer == "Custom" or self.reduce_lr_on_plateau:
                 raise ValueError(
                     f"lr_schedule={self.lr_schedule!r} sets the learning rate of each step: give lr_schedule=None, "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from scvi_lite.errors import unknown
+from scvi_lite.errors import check_choice
 from scvi_lite.train.plan import heuristic_epochs
 
 PRESETS = ("fast",)
@@ -26,8 +26,7 @@ def preset_plan(preset: str, n_cells: int) -> tuple[int, dict[str, Any]]:
     >>> preset_plan("fast", n_cells=8_000)[0]
     44
     """
-    if preset not in PRESETS:
-        raise ValueError(unknown("preset", preset, PRESETS, "a preset", "Presets"))
+    check_choice(PRESETS, "a preset", "Presets", preset=preset)
     return fast_epochs(n_cells), dict(FAST)
 
 

@@ -22,7 +22,7 @@ from lightning.pytorch.strategies import (
 )
 from lightning.pytorch.utilities import rank_zero_only
 
-from scvi_lite.errors import unknown
+from scvi_lite.errors import check_choice, unknown
 from scvi_lite.train.quiet import quiet
 
 logger = logging.getLogger("scvi_lite")
@@ -86,8 +86,7 @@ def _check_strategy(strategy: Any) -> None:
                 "threads and fails once it has used CUDA. Give strategy='ddp_notebook', which starts fresh processes, "
                 "or leave strategy='auto'."
             )
-        if strategy not in known:
-            raise ValueError(unknown("strategy", strategy, known, "a strategy", "Strategies"))
+        check_choice(known, "a strategy", "Strategies", strategy=strategy)
     elif not isinstance(strategy, Strategy):
         raise ValueError(f"strategy={strategy!r}: the name of a strategy, or a Strategy of Lightning's, is needed.")
     kind = (
