@@ -6,7 +6,7 @@ doi:10.1016/j.crmeth.2022.100182
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from scvi_lite.analysis.differential import Codes, Features, batch_pairing, comp
 from scvi_lite.analysis.effects import levels, make_test
 from scvi_lite.analysis.groups import find_comparisons
 from scvi_lite.analysis.inputs import minibatch_size, needs_counts, positions_of, to_numpy
+from scvi_lite.analysis.output import Out, collect, sparse_rows
 from scvi_lite.data.checks import value_blocks
 from scvi_lite.errors import StateError, check_whole, unknown
 
@@ -63,7 +64,9 @@ def get_normalized_accessibility(
     normalize_regions: bool = False,
     batch_size: int | None = None,
     return_numpy: bool = False,
-) -> pd.DataFrame | np.ndarray | csr_matrix:
+    *,
+    out: Out = None,
+) -> pd.DataFrame | np.ndarray | csr_matrix | Any:
     """Probability that a region is accessible in a cell, freed of depth, of the region's factor and of noise.
 
     Parameters
@@ -89,6 +92,8 @@ def get_normalized_accessibility(
         Cells in a minibatch; by default as many as keep the memory small.
     return_numpy
         An array, or with ``threshold`` a SciPy matrix, instead of a data frame.
+    out
+        Where to put an answer that memory cannot hold, as in ``get_normalized_expression`` of SCVI.
 
     Returns
     -------
@@ -98,7 +103,8 @@ def get_normalized_accessibility(
     Raises
     ------
     ValueError
-        If a region or a batch is unknown (the nearest is named), or a number is out of range.
+        If a region or a batch is unknown (the nearest is named), a number is out of range, ``out`` does not fit, or is
+        given with ``threshold``.
     IndexError
         If ``indices`` has rows that do not exist.
 
@@ -117,20 +123,22 @@ def get_normalized_accessibility(
     codes = model._batch_codes(transform_batch)
     if threshold is not None and not (isinstance(threshold, Real) and 0 <= threshold <= 1):
         raise ValueError(f"threshold={threshold!r}: a number from 0 to 1 is needed.")
+    if threshold is not None and out is not None:
+        raise ValueError(
+            "threshold and out are given; use one: what is above a threshold is a sparse matrix in memory."
+        )
     adata, rows = find_cells(model, adata, indices, n_samples_overall)
-    parts = iter([(slice(0, len(rows)), torch.empty(len(rows), 0))])
+    parts: Iterable[Tensor] = [torch.empty(len(rows), 0)]
     if names:
         parts = _probabilities(
             model, adata, rows, codes, regions, use_z_mean, normalize_cells, normalize_regions, batch_size
         )
-    n_regions = len(names) if regions is None else len(regions)
     if threshold is None:
-        value = np.empty((len(rows), n_regions), dtype=np.float32)
-        for cells, p_nr in parts:
-            value[cells] = p_nr.cpu()
+        value = collect(({"p": p_nr} for p_nr in parts), len(rows), {"p": out})["p"]
     else:
-        value = _above(threshold, parts, n_regions)
-    return value if return_numpy else frame(value, adata.obs_names[rows], names, regions)
+        above = (torch.where(p_nr >= threshold, p_nr, 0) for p_nr in parts)
+        value = sparse_rows(above, len(names) if regions is None else len(regions))
+    return value if return_numpy or out is not None else frame(value, adata.obs_names[rows], names, regions)
 
 
 def _probabilities(
@@ -143,12 +151,12 @@ def _probabilities(
     normalize_cells: bool,
     normalize_regions: bool,
     batch_size: int | None,
-) -> Iterator[tuple[slice, Tensor]]:
-    """For each minibatch where its cells are among the rows, and the probabilities (n, r)."""
+) -> Iterator[Tensor]:
+    """The probabilities (n, r) of each minibatch."""
     factor_r = _region_factors(model) if normalize_regions else None
     if normalize_cells:
         _check_depth(model)
-    for cells, batch in minibatches(model, adata, rows, minibatch_size(batch_size, len(model._region_names))):
+    for _, batch in minibatches(model, adata, rows, minibatch_size(batch_size, len(model._region_names))):
         q = model.module.encode(batch)
         z_nk = q.z_loc_nk if use_z_mean else q.sample_z()
         p_nr = mean_over(codes, lambda code: accessible(model, z_nk, None, batch, code, regions))  # noqa: B023 (used at once)
@@ -156,7 +164,7 @@ def _probabilities(
             p_nr = p_nr * model.module.depth(batch).sigmoid()[:, None]
         if factor_r is not None:
             p_nr = p_nr * chosen(factor_r, regions)
-        yield cells, p_nr
+        yield p_nr
 
 
 def accessible(
@@ -165,18 +173,6 @@ def accessible(
     """Accessibility (..., n, r) of a minibatch, decoded as from one batch."""
     batch = batch if code is None else batch.with_batch(code)
     return chosen(model.module.decode_regions(z, depth_n, batch).p_nr, regions)
-
-
-def _above(threshold: float, parts: Iterator[tuple[slice, Tensor]], n_regions: int) -> csr_matrix:
-    from scipy import sparse
-
-    blocks = [sparse.csr_matrix((0, n_regions), dtype=np.float32)]
-    for _, p_nr in parts:
-        value_nr = p_nr.cpu().numpy()
-        at = value_nr >= threshold
-        start = np.concatenate([[0], np.cumsum(at.sum(1))])
-        blocks.append(sparse.csr_matrix((value_nr[at], np.nonzero(at)[1].astype(np.int32), start), value_nr.shape))
-    return sparse.vstack(blocks, format="csr")
 
 
 def get_library_size_factors(

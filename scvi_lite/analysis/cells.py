@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from scvi_lite.analysis.inputs import draw, minibatch_size
+from scvi_lite.analysis.output import Out, collect
 from scvi_lite.errors import check_whole
 
 if TYPE_CHECKING:
@@ -72,7 +73,8 @@ def ask_cells(
     draws_last: bool = False,
     batch_size: int | None = None,
     silent: bool = True,
-) -> dict[str, np.ndarray]:
+    out: Mapping[str, Out] | None = None,
+) -> dict[str, Any]:
     """What is asked of each cell, at draws from its posterior, averaged over batches and perhaps draws.
 
     Parameters
@@ -87,6 +89,8 @@ def ask_cells(
         Ask at the posterior mean instead.
     draws_last
         Where draws are not averaged, they are the last dimension of the answer, and not the first.
+    out
+        By name, where to put what is asked, if not into memory.
 
     Returns
     -------
@@ -95,23 +99,23 @@ def ask_cells(
     """
     check_whole(n_samples=n_samples)
     several = n_samples > 1 and not at_mean
-    values: dict[str, np.ndarray] = {}
-    size = minibatch_size(batch_size, n_samples * model.module.config.n_inputs)
-    for cells, batch in minibatches(model, adata, rows, size, silent):
-        q = model.module.encode(batch)
-        z = q.z_loc_nk if at_mean else q.sample_z(n_samples if several else None)
-        parts: Parts = {}
-        for code in codes:
-            for name, value in ask(batch if code is None else batch.with_batch(code), q, z).items():
-                parts[name] = parts[name] + value if name in parts else value
-        for name, value in parts.items():
-            value = value.mean(0) if several and average else value
-            value = value if len(codes) == 1 else value / len(codes)
-            shape = (*value.shape[:-2], len(rows), value.shape[-1])
-            torch.from_numpy(values.setdefault(name, np.empty(shape, np.float32)))[..., cells, :] = value
-    if draws_last and several and not average:
-        return {name: np.moveaxis(value, 0, -1) for name, value in values.items()}
-    return values
+    draws_last = draws_last and several and not average
+
+    def answers() -> Iterator[Parts]:
+        size = minibatch_size(batch_size, n_samples * model.module.config.n_inputs)
+        for _, batch in minibatches(model, adata, rows, size, silent):
+            q = model.module.encode(batch)
+            z = q.z_loc_nk if at_mean else q.sample_z(n_samples if several else None)
+            parts: Parts = {}
+            for code in codes:
+                for name, value in ask(batch if code is None else batch.with_batch(code), q, z).items():
+                    parts[name] = parts[name] + value if name in parts else value
+            for name, value in parts.items():
+                value = value.mean(0) if several and average else value.movedim(0, -1) if draws_last else value
+                parts[name] = value if len(codes) == 1 else value / len(codes)
+            yield parts
+
+    return collect(answers(), len(rows), out, draws_last)
 
 
 def n_draws(z: Tensor) -> int | None:

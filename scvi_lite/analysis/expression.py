@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from scvi_lite.analysis.cells import check_samples, find_cells, frame, mean_over, minibatches, n_draws
 from scvi_lite.analysis.importance import draw_latent
 from scvi_lite.analysis.inputs import gene_positions, minibatch_size
+from scvi_lite.analysis.output import Out, writing
 from scvi_lite.errors import check_choice, unknown
 
 if TYPE_CHECKING:
@@ -47,7 +49,9 @@ def get_normalized_expression(
     return_numpy: bool | None = None,
     silent: bool = True,
     importance_weighting_kwargs: Mapping[str, Any] | None = None,
-) -> pd.DataFrame | np.ndarray:
+    *,
+    out: Out = None,
+) -> pd.DataFrame | np.ndarray | Any:
     """Denoised expression: what the decoder expects of each gene, for cells drawn from their posterior.
 
     Parameters
@@ -80,6 +84,10 @@ def get_normalized_expression(
     importance_weighting_kwargs
         Options of ``get_importance_weights``: ``max_cells``, ``truncation``, ``n_mc_samples``,
         ``n_mc_samples_per_pass``.
+    out
+        Where to put an answer that memory cannot hold, a minibatch at a time: a path that ends in ``.npy`` or
+        ``.zarr``, which is new and takes its name when it is whole, or an array of the right shape (of NumPy, h5py,
+        zarr). That array is returned, and names neither cells nor genes; a file is opened for reading.
 
     Returns
     -------
@@ -90,7 +98,7 @@ def get_normalized_expression(
     Raises
     ------
     ValueError
-        If a gene or a batch is unknown (the nearest is named), or a number is out of range.
+        If a gene or a batch is unknown (the nearest is named), a number is out of range, or ``out`` does not fit.
     IndexError
         If ``indices`` has rows that do not exist.
 
@@ -103,6 +111,11 @@ def get_normalized_expression(
     >>> model.train(max_epochs=1, enable_progress_bar=False)
     >>> model.get_normalized_expression(gene_list=["gene_7", "gene_1"], library_size=1e4).columns.tolist()
     ['gene_7', 'gene_1']
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     on_disk = model.get_normalized_expression(out=f"{folder}/expression.npy")
+    >>> type(on_disk), on_disk.shape
+    (<class 'numpy.memmap'>, (100, 20))
     """
     genes = gene_positions(model, gene_list)
     codes = model._batch_codes(transform_batch)
@@ -117,9 +130,9 @@ def get_normalized_expression(
         rows, z_sk = draw_latent(
             model, adata, rows, n_samples_overall, weights or "uniform", importance_weighting_kwargs, batch_size
         )
-        return decode_draws(model, adata, rows, z_sk, codes, genes, library_size, batch_size)
-    value = _per_cell(model, adata, rows, codes, genes, library_size, n_samples, batch_size, return_mean, silent)
-    if return_numpy or value.ndim == 3:
+        return decode_draws(model, adata, rows, z_sk, codes, genes, library_size, batch_size, out=out)
+    value = _per_cell(model, adata, rows, codes, genes, library_size, n_samples, batch_size, return_mean, silent, out)
+    if return_numpy or value.ndim == 3 or out is not None:
         return value
     return frame(value, adata.obs_names[rows], model._gene_names, genes)
 
@@ -135,24 +148,25 @@ def _per_cell(
     batch_size: int | None,
     return_mean: bool,
     silent: bool,
-) -> np.ndarray:
+    out: Out,
+) -> Any:
     """Expected expression of each cell, (n, g) or (s, n, g)."""
     n_genes = model.module.config.n_genes
-    several = n_samples > 1
+    several, average = n_samples > 1, n_samples > 1 and return_mean
     shape = (len(rows), n_genes if genes is None else len(genes))
-    value = np.empty(shape if return_mean or not several else (n_samples, *shape), dtype=np.float32)
-    out = torch.from_numpy(value)
     size = minibatch_size(batch_size, n_samples * n_genes)
-    for cells, batch in minibatches(model, adata, rows, size, silent):
-        q = model.module.encode(batch)
-        z = q.sample_z(n_samples if several else None)
-        library_n = log_library(model, batch, q, library_size, n_draws(z))
-        if len(codes) == 1 and not several:
-            expected(model, z, library_n, batch, codes[0], genes, out[cells])
-            continue
-        mean = mean_over(codes, lambda code: expected(model, z, library_n, batch, code, genes))  # noqa: B023 (used at once)
-        out[..., cells, :] = mean.mean(0) if several and return_mean else mean
-    return value
+    shape, axis = ((n_samples, *shape), 1) if several and not average else (shape, 0)
+    with writing(out, shape, size, axis) as answer:
+        for _, batch in minibatches(model, adata, rows, size, silent):
+            q = model.module.encode(batch)
+            z = q.sample_z(n_samples if several else None)
+            library_n = log_library(model, batch, q, library_size, n_draws(z))
+            if len(codes) == 1 and not several:
+                answer.compute(batch.n_cells, partial(expected, model, z, library_n, batch, codes[0], genes))
+                continue
+            mean = mean_over(codes, lambda code: expected(model, z, library_n, batch, code, genes))  # noqa: B023 (used at once)
+            answer.put(mean.mean(0) if average else mean)
+    return answer.array
 
 
 def decode_draws(
@@ -167,7 +181,8 @@ def decode_draws(
     each_in_turn: bool = False,
     value_of: ValueOf | None = None,
     n_features: int | None = None,
-) -> np.ndarray:
+    out: Out = None,
+) -> Any:
     """Expected expression at latent positions ``z_sk``, with the covariates of the cells in ``rows``: (s, g).
 
     Averaged over the batches ``codes``; or with ``each_in_turn``, draw i is decoded as from batch ``codes[i % b]``.
@@ -175,22 +190,22 @@ def decode_draws(
     features there are.
     """
     value_of, n_features = value_of or expected, n_features or model.module.config.n_genes
-    value = np.empty((len(rows), n_features if genes is None else len(genes)), dtype=np.float32)
-    out = torch.from_numpy(value)
-    size = minibatch_size(batch_size, n_features)
+    shape, size = (len(rows), n_features if genes is None else len(genes)), minibatch_size(batch_size, n_features)
     with_counts = value_of is not expected or library_size == "latent"
-    for cells, batch in minibatches(model, adata, rows, size, with_counts=with_counts):
-        z_nk = z_sk[cells].to(model.device)
-        library_n = log_library(model, batch, None, library_size)
-        if each_in_turn and None not in codes:
-            turn_n = torch.arange(cells.start, cells.stop, device=model.device) % len(codes)
-            batch = replace(batch, batch_n=torch.tensor(codes, device=model.device)[turn_n])
-            out[cells] = value_of(model, z_nk, library_n, batch, None, genes)
-        elif value_of is expected and len(codes) == 1:
-            expected(model, z_nk, library_n, batch, codes[0], genes, out[cells])
-        else:
-            out[cells] = mean_over(codes, lambda code: value_of(model, z_nk, library_n, batch, code, genes))  # noqa: B023
-    return value
+    with writing(out, shape, size) as answer:
+        for cells, batch in minibatches(model, adata, rows, size, with_counts=with_counts):
+            z_nk = z_sk[cells].to(model.device)
+            library_n = log_library(model, batch, None, library_size)
+            if each_in_turn and None not in codes:
+                turn_n = torch.arange(cells.start, cells.stop, device=model.device) % len(codes)
+                batch = replace(batch, batch_n=torch.tensor(codes, device=model.device)[turn_n])
+                answer.put(value_of(model, z_nk, library_n, batch, None, genes))
+            elif value_of is expected and len(codes) == 1:
+                answer.compute(batch.n_cells, partial(expected, model, z_nk, library_n, batch, codes[0], genes))
+            else:
+                mean = mean_over(codes, lambda code: value_of(model, z_nk, library_n, batch, code, genes))  # noqa: B023
+                answer.put(mean)
+    return answer.array
 
 
 def expected(

@@ -5,7 +5,7 @@ doi:10.1038/s41592-020-01050-x
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor
 from scvi_lite.analysis.cells import Parts, ask_cells, chosen, find_cells, n_draws
 from scvi_lite.analysis.expression import draw_library, select_genes
 from scvi_lite.analysis.inputs import gene_positions
+from scvi_lite.analysis.output import Out
 from scvi_lite.analysis.predictive import check_correlation, check_several, correlation, denoised, parameters_of
 from scvi_lite.analysis.proteins import protein_positions
 
@@ -34,6 +35,8 @@ def get_likelihood_parameters(
     n_samples: int = 1,
     give_mean: bool = False,
     batch_size: int | None = None,
+    *,
+    out: Mapping[str, Out] | None = None,
 ) -> dict[str, np.ndarray]:
     """Parameters of the likelihood of each cell's counts, for cells drawn from their posterior.
 
@@ -45,6 +48,9 @@ def get_likelihood_parameters(
         Draws from the posterior of each cell.
     give_mean
         Average over the draws.
+    out
+        Where to put parameters that memory cannot hold, by name, as in ``out={"mean": "mean.npy"}``: see
+        ``get_normalized_expression`` of SCVI.
 
     Returns
     -------
@@ -66,7 +72,8 @@ def get_likelihood_parameters(
         }
 
     cells = find_cells(model, adata, indices)
-    return ask_cells(model, *cells, ask, n_samples=n_samples, average=give_mean, draws_last=True, batch_size=batch_size)
+    options = {"n_samples": n_samples, "average": give_mean, "draws_last": True, "batch_size": batch_size}
+    return ask_cells(model, *cells, ask, out=out, **options)
 
 
 def posterior_predictive_sample(
@@ -78,11 +85,13 @@ def posterior_predictive_sample(
     gene_list: Sequence[str] | None = None,
     protein_list: Sequence[str] | None = None,
     transform_batch: Any = None,
+    *,
+    out: Mapping[str, Out] | None = None,
 ) -> dict[str, np.ndarray]:
     """Draw new counts for cells: a latent position from the posterior of each, then counts from the likelihood.
 
     Arguments and errors are those of ``get_normalized_expression``; of several batches the draws are averaged, so name
-    one.
+    one. ``out`` says by name where to put draws that memory cannot hold, as in ``out={"rna": "rna.zarr"}``.
 
     Returns
     -------
@@ -104,7 +113,8 @@ def posterior_predictive_sample(
         }
 
     cells = find_cells(model, adata, indices)
-    return ask_cells(model, *cells, ask, codes, n_samples, average=False, draws_last=True, batch_size=batch_size)
+    options = {"average": False, "draws_last": True, "batch_size": batch_size, "out": out}
+    return ask_cells(model, *cells, ask, codes, n_samples, **options)
 
 
 def get_feature_correlation_matrix(

@@ -21,6 +21,7 @@ from scvi_lite.analysis.inputs import (
     to_numpy,
 )
 from scvi_lite.analysis.latent import positions
+from scvi_lite.analysis.output import Out
 from scvi_lite.analysis.proteins import answer, protein_positions
 from scvi_lite.errors import StateError, check_choice, check_whole, warn
 from scvi_lite.nn.vae import Posterior
@@ -96,7 +97,9 @@ def get_normalized_expression(
     return_mean: bool = False,
     return_numpy: bool = False,
     silent: bool = True,
-) -> pd.DataFrame | np.ndarray:
+    *,
+    out: Out = None,
+) -> pd.DataFrame | np.ndarray | Any:
     """Denoised expression, as proportions; imputed from chromatin for cells without RNA.
 
     Parameters
@@ -123,6 +126,8 @@ def get_normalized_expression(
         An array instead of a data frame. Results with a dimension of samples are arrays anyway.
     silent
         Show no progress.
+    out
+        Where to put an answer that memory cannot hold, as in ``get_normalized_expression`` of SCVI.
 
     Returns
     -------
@@ -144,9 +149,9 @@ def get_normalized_expression(
 
     value, cells = _decoded(
         model, proportions, adata, indices, n_samples_overall, transform_batch, use_z_mean,
-        n_samples, batch_size, return_mean, silent,
+        n_samples, batch_size, return_mean, silent, out=out,
     )  # fmt: skip
-    return value if return_numpy or value.ndim == 3 else frame(value, cells, names, genes)
+    return value if return_numpy or value.ndim == 3 or out is not None else frame(value, cells, names, genes)
 
 
 def _decoded(
@@ -162,7 +167,8 @@ def _decoded(
     return_mean: bool,
     silent: bool,
     draws_last: bool = False,
-) -> tuple[np.ndarray, pd.Index]:
+    out: Out = None,
+) -> tuple[Any, pd.Index]:
     """What a decoder says at the posterior mean of cells, or at draws; and the names of the cells."""
     codes = model._batch_codes(transform_batch)
     check_whole(n_samples=n_samples)
@@ -172,7 +178,7 @@ def _decoded(
     adata, rows = find_cells(model, adata, indices, n_samples_overall)
     values = ask_cells(
         model, adata, rows, lambda batch, q, z: {"value": value_of(batch, z)},
-        codes, n_samples, return_mean, use_z_mean, draws_last, batch_size, silent,
+        codes, n_samples, return_mean, use_z_mean, draws_last, batch_size, silent, {"value": out},
     )  # fmt: skip
     return values["value"], adata.obs_names[rows]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor
 from scvi_lite.analysis.cells import Parts, ask_cells, find_cells, minibatches, n_draws
 from scvi_lite.analysis.expression import draw_library, select_genes
 from scvi_lite.analysis.inputs import gene_positions, minibatch_size
+from scvi_lite.analysis.output import Out, collect, sparse_rows
 from scvi_lite.errors import check_choice, check_whole
 
 if TYPE_CHECKING:
@@ -34,7 +35,9 @@ def posterior_predictive_sample(
     gene_list: Sequence[str] | None = None,
     batch_size: int | None = None,
     silent: bool = True,
-) -> sparse.csr_array | sparse.coo_array:
+    *,
+    out: Out = None,
+) -> sparse.csr_array | sparse.coo_array | Any:
     """Draw new counts for cells: a latent position from the posterior of each, then counts from the likelihood.
 
     Parameters
@@ -54,16 +57,19 @@ def posterior_predictive_sample(
         Cells in a minibatch.
     silent
         Show no progress.
+    out
+        Where to put draws that memory cannot hold, even sparse, as in ``get_normalized_expression``. A dense array, of
+        which ``.zarr`` keeps the zeros small.
 
     Returns
     -------
     scipy.sparse.csr_array or scipy.sparse.coo_array
-        float32 counts, (n, g), or (n, g, s) with several draws; ``.todense()`` gives an array.
+        float32 counts, (n, g), or (n, g, s) with several draws; ``.todense()`` gives an array. Or ``out``.
 
     Raises
     ------
     ValueError
-        If a gene or a batch is unknown (the nearest is named), or ``n_samples`` is below 1.
+        If a gene or a batch is unknown (the nearest is named), ``n_samples`` is below 1, or ``out`` does not fit.
 
     Examples
     --------
@@ -81,22 +87,23 @@ def posterior_predictive_sample(
     codes = model._batch_codes(transform_batch)
     check_whole(n_samples=n_samples)
     adata, rows = find_cells(model, adata, indices)
-    n_genes = model.module.config.n_genes
-    coordinates: list[Tensor] = []
-    values: list[Tensor] = []
-    for cells, batch in minibatches(model, adata, rows, minibatch_size(batch_size, n_genes), silent):
-        for s in range(n_samples):
-            code = codes[int(torch.randint(len(codes), ()))]
-            x_ng = select_genes(draw_rates(model, batch, code), genes).distribution().sample()
-            row_m, col_m = x_ng.nonzero(as_tuple=True)
-            values.append(x_ng[row_m, col_m].cpu())
-            coordinates.append(torch.stack([row_m + cells.start, col_m, torch.full_like(col_m, s)]).cpu())
-    shape = (len(rows), n_genes if genes is None else len(genes), n_samples)
-    row_m, col_m, sample_m = torch.cat(coordinates, 1).numpy()
-    value_m = torch.cat(values).float().numpy()
+    size = minibatch_size(batch_size, n_samples * model.module.config.n_genes)
+    n_genes = model.module.config.n_genes if genes is None else len(genes)
+
+    def draws() -> Iterator[Parts]:
+        for _, batch in minibatches(model, adata, rows, size, silent):
+            drawn = [codes[int(torch.randint(len(codes), ()))] for _ in range(n_samples)]
+            x = [select_genes(draw_rates(model, batch, code), genes).distribution().sample() for code in drawn]
+            yield {"x": x[0] if n_samples == 1 else torch.stack(x, -1)}
+
+    if out is not None:
+        return collect(draws(), len(rows), {"x": out}, draws_last=True)["x"]
+    flat = sparse_rows((parts["x"].flatten(1) for parts in draws()), n_genes * n_samples)
     if n_samples == 1:
-        return sparse.csr_array((value_m, (row_m, col_m)), shape=shape[:2])
-    return sparse.coo_array((value_m, (row_m, col_m, sample_m)), shape=shape)
+        return sparse.csr_array(flat)
+    row_m = np.repeat(np.arange(len(rows), dtype=np.int32), np.diff(flat.indptr))
+    gene_m, sample_m = np.divmod(flat.indices, n_samples)
+    return sparse.coo_array((flat.data, (row_m, gene_m, sample_m)), shape=(len(rows), n_genes, n_samples))
 
 
 def get_likelihood_parameters(
@@ -106,6 +113,8 @@ def get_likelihood_parameters(
     n_samples: int = 1,
     give_mean: bool = False,
     batch_size: int | None = None,
+    *,
+    out: Mapping[str, Out] | None = None,
 ) -> dict[str, np.ndarray]:
     """Parameters of the likelihood of each cell's counts, for cells drawn from their posterior.
 
@@ -117,6 +126,9 @@ def get_likelihood_parameters(
         Draws from the posterior of each cell.
     give_mean
         Average over the draws.
+    out
+        Where to put parameters that memory cannot hold, by name, as in ``out={"mean": "mean.npy"}``: see
+        ``get_normalized_expression``.
 
     Returns
     -------
@@ -135,7 +147,7 @@ def get_likelihood_parameters(
         return parameters_of(model.module.decode(z, draw_library(model, batch, q, n_draws(z)), batch))
 
     cells = find_cells(model, adata, indices)
-    return ask_cells(model, *cells, ask, n_samples=n_samples, average=give_mean, batch_size=batch_size)
+    return ask_cells(model, *cells, ask, n_samples=n_samples, average=give_mean, batch_size=batch_size, out=out)
 
 
 def parameters_of(rates: Rates) -> Parts:

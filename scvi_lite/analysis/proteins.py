@@ -16,6 +16,7 @@ from scvi_lite.analysis import differential
 from scvi_lite.analysis.cells import Parts, ask_cells, check_samples, chosen, find_cells, frame, n_draws
 from scvi_lite.analysis.expression import check_library_size, expected, log_library
 from scvi_lite.analysis.inputs import gene_positions, positions_of
+from scvi_lite.analysis.output import Out, pair
 from scvi_lite.errors import check_choice, check_not_negative
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ def get_normalized_expression(
     return_mean: bool = True,
     return_numpy: bool | None = None,
     silent: bool = True,
+    *,
+    out: tuple[Out, Out] | None = None,
 ) -> Frames:
     """Denoised expression of genes, and of proteins without their background, for cells drawn from their posterior.
 
@@ -84,6 +87,9 @@ def get_normalized_expression(
         Arrays instead of data frames. Results with a dimension of samples are arrays anyway.
     silent
         Show no progress.
+    out
+        Two places for answers that memory cannot hold, as in ``out=("rna.npy", None)``: see
+        ``get_normalized_expression`` of SCVI. What has one is returned as that array, without names.
 
     Returns
     -------
@@ -112,6 +118,7 @@ def get_normalized_expression(
     genes, proteins = gene_positions(model, gene_list), protein_positions(model, protein_list)
     codes = model._batch_codes(transform_batch)
     check_library_size(library_size)
+    places = dict(zip(FIELD_OF, pair(out)))
 
     def ask(batch: Batch, q: Posterior, z: Tensor) -> Parts:
         library_n = log_library(model, batch, q, library_size, n_draws(z))
@@ -122,13 +129,14 @@ def get_normalized_expression(
     check_samples(n_samples, n_samples_overall)
     adata, rows = find_cells(model, adata, indices, n_samples_overall)
     values = ask_cells(
-        model, adata, rows, ask, codes, n_samples, return_mean, draws_last=True, batch_size=batch_size, silent=silent
-    )
-    rna, protein = values["rna"], values["protein"]
-    if return_numpy or rna.ndim == 3:
-        return rna, protein
-    cells = adata.obs_names[rows]
-    return frame(rna, cells, model._gene_names, genes), frame(protein, cells, model.protein_names, proteins)
+        model, adata, rows, ask, codes, n_samples, return_mean,
+        draws_last=True, batch_size=batch_size, silent=silent, out=places,
+    )  # fmt: skip
+    names = {"rna": (model._gene_names, genes), "protein": (model.protein_names, proteins)}
+    for kind, value in values.items():
+        if not return_numpy and value.ndim == 2 and places[kind] is None:
+            values[kind] = frame(value, adata.obs_names[rows], *names[kind])
+    return values["rna"], values["protein"]
 
 
 def get_protein_foreground_probability(

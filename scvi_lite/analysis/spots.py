@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from scvi_lite.analysis.inputs import minibatch_size, to_numpy
+from scvi_lite.analysis.output import Out, collect
 from scvi_lite.errors import StateError, UnknownKeyError, check_whole, listing, unknown
 from scvi_lite.nn.conditional import CondSCVIModule
 from scvi_lite.nn.normal import draw_normal
@@ -112,7 +113,9 @@ def get_gamma(
     return {name: frame(model, z_nlk[:, i], indices, columns) for i, name in enumerate(model.cell_type_mapping)}
 
 
-def get_scale_for_ct(model: DestVI, label: str, indices: Any = None, batch_size: int | None = None) -> pd.DataFrame:
+def get_scale_for_ct(
+    model: DestVI, label: str, indices: Any = None, batch_size: int | None = None, *, out: Out = None
+) -> pd.DataFrame | Any:
     """Expected expression of a cell type in the state it has in each spot, as proportions of genes.
 
     Parameters
@@ -121,6 +124,8 @@ def get_scale_for_ct(model: DestVI, label: str, indices: Any = None, batch_size:
         Name of the cell type.
     indices, batch_size
         As in :meth:`get_proportions`. Where the share of the type is small, its state is that of the prior.
+    out
+        Where to put an answer that memory cannot hold, as in ``get_normalized_expression`` of SCVI.
 
     Returns
     -------
@@ -134,11 +139,12 @@ def get_scale_for_ct(model: DestVI, label: str, indices: Any = None, batch_size:
     """
     module, c = model.module, model.module.config
     label_l = torch.tensor([code_of(model, label)], device=model.device)
-    parts = [
-        module.expression(spots, batch, label_l)[:, 0]
+    parts = (
+        {"scale": module.expression(spots, batch, label_l)[:, 0]}
         for batch, spots in minibatches(model, indices, batch_size, c.n_states * c.n_genes)
-    ]
-    return frame(model, to_numpy(parts), indices, model.get_var_names())
+    )
+    value = collect(parts, len(model._rows(model.adata, indices)), {"scale": out})["scale"]
+    return value if out is not None else frame(model, value, indices, model.get_var_names())
 
 
 def get_expression_for_ct(

@@ -35,22 +35,33 @@ def staging(folder: Path, key: str) -> Iterator[Path]:
         The disk is full, the place read-only, ... The old files can still be read.
     """
     is_new = not folder.exists()
-    place = folder.parent if is_new else folder
-    place.mkdir(parents=True, exist_ok=True)
-    temporary = place / f".{folder.name}.{uuid.uuid4().hex[:12]}.partial"
-    try:
+    with beside(folder if is_new else _complete(folder, key)) as temporary:
         temporary.mkdir()
         yield temporary
         for file in temporary.iterdir():
             _flush(file)
         _flush(temporary)
         _move_out(folder, key)  # what an earlier writer could not finish
-        os.rename(temporary, folder if is_new else _complete(folder, key))
+    _flush(folder.parent if is_new else folder)
+    _move_out(folder, key)
+
+
+@contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """A temporary name in the same folder, for a file or a folder to be made under it.
+
+    It becomes ``path`` when the block ends without an error; else it is removed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:12]}.partial"
+    try:
+        yield temporary
+        os.rename(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        if temporary.is_file():
+            temporary.unlink()
         raise
-    _flush(place)
-    _move_out(folder, key)
 
 
 def locate(folder: Path, key: str, name: str) -> Path:
