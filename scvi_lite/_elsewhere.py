@@ -112,7 +112,7 @@ INSTEAD: dict[str, dict[str, str]] = {
         "get_importance_weights": "differential_expression(weights='importance') of SCVI, SCANVI and TOTALVI",
         "_make_data_loader": "model._minibatches(adata, indices) gives one scvi_lite.data.Batch after another",
         "_validate_anndata": "questions check the data that they are given, and leave them as they are",
-        "convert_legacy_save": "load() reads what scvi-tools 1.0 or newer saved; let it convert what older ones saved",
+        "convert_legacy_save": "load() reads folders with a model.pt; let scvi-tools convert those with an attr.pkl",
         "run_id": "name the run in a logger of Lightning: train(logger=...)",
         "run_name": "name the run in a logger of Lightning: train(logger=...)",
     },

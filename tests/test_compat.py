@@ -117,6 +117,8 @@ def minified():
 def test_a_minified_model_takes_the_full_data_again(tmp_path):
     model = minified()
     model.save(tmp_path / "model", save_anndata=True)
+    assert model.registry_ is model.adata_manager.registry and model.adata_manager.adata is model.adata
+    assert model.adata.obs["observed_lib_size"].equals(make_data().to_df().sum(1).rename("observed_lib_size"))
     kept = scvi.model.SCVI.load(tmp_path / "model")
     full = scvi.model.SCVI.load(tmp_path / "model", adata=make_data())
     assert kept.minified_data_type == "latent_posterior_parameters" and full.minified_data_type is None
@@ -124,6 +126,12 @@ def test_a_minified_model_takes_the_full_data_again(tmp_path):
     np.testing.assert_array_equal(kept.get_latent_representation(), z)
     np.testing.assert_allclose(full.get_latent_representation(), z, atol=1e-6)
     assert full.get_elbo(return_mean=False).shape == (80,)
+
+
+def test_folders_of_scvi_tools_before_0_15_say_how_they_are_converted(tmp_path):
+    (tmp_path / "attr.pkl").touch()
+    with pytest.raises(ValueError, match="Model.convert_legacy_save"):
+        scvi.model.SCVI.load(tmp_path, make_data())
 
 
 def test_minified_data_do_not_pass_for_full_ones(model, tmp_path):
@@ -304,6 +312,7 @@ def test_the_setup_by_the_names_of_scvi_tools(tmp_path, capsys):
 
 
 def test_the_registry_by_the_names_of_scvi_tools(model):
+    assert model.registry_ is model.adata_manager.registry
     fields = model.registry_["field_registries"]
     assert fields["labels"]["state_registry"]["categorical_mapping"].tolist() == ["label_0", "label_1", "label_2"]
     assert scvi.utils.attrdict(fields["batch"]["data_registry"]).attr_key == "batch"

@@ -85,7 +85,8 @@ def minify_adata(
         Embedding("qz_scale_nk", "use_latent_qzv_key", use_latent_qzv_key, variance=True),
     ]
     if not keep:
-        adata.obs[LIBRARY_KEY] = to_numpy([batch.total_n for batch in model._minibatches()])
+        total_n = to_numpy([batch.total_n for batch in model._minibatches()])
+        adata.obs[LIBRARY_KEY] = total_n.astype(np.zeros(0, model.registry.read(model.adata, "x").dtype).sum().dtype)
         stored.append(Continuous("total_n", "the library size", LIBRARY_KEY))
         fields["x"] = fields["x"] | {"minified": True}
     fields |= {field.name: {"kind": field.kind, **field.register(adata)} for field in stored}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -61,7 +62,7 @@ class Named(dict[str, Any]):
 class SetupView:
     """What a model reads from its data, to be looked up by the names that scvi-tools has for it.
 
-    Nothing is kept here: it reads the data and the model's :class:`~scvi_lite.data.registry.Registry` when asked.
+    It reads the data and the model's :class:`~scvi_lite.data.registry.Registry`, ``setup``, when asked.
 
     Examples
     --------
@@ -76,18 +77,18 @@ class SetupView:
     """
 
     def __init__(self, adata: Data, setup: Registry):
-        self.adata, self._setup = adata, setup
+        self.adata, self.setup = adata, setup
 
-    @property
+    @cached_property
     def registry(self) -> dict[str, Any]:
         """The setup: its arguments, and each field with where it is, its state and its numbers."""
         from scvi_lite import __version__
 
         return {
             "scvi_version": __version__,
-            "model_name": self._setup.model_name,
-            "setup_method_name": "setup_mudata" if self._setup.modalities else "setup_anndata",
-            "setup_args": self._setup.setup_args,
+            "model_name": self.setup.model_name,
+            "setup_method_name": "setup_mudata" if self.setup.modalities else "setup_anndata",
+            "setup_args": self.setup.setup_args,
             "field_registries": {
                 key: {
                     "data_registry": self._place(key),
@@ -106,9 +107,9 @@ class SetupView:
     @property
     def summary_stats(self) -> Named:
         """Numbers of cells, features, batches, labels, covariates and proteins that the model was set up with."""
-        numbers = Named(n_cells=self._setup.n_cells, n_vars=self._setup.n_features)
+        numbers = Named(n_cells=self.setup.n_cells, n_vars=self.setup.n_features)
         for key, name in FIELDS.items():
-            if name in self._setup.fields:
+            if name in self.setup.fields:
                 numbers |= self._numbers(key)
         return numbers
 
@@ -120,7 +121,7 @@ class SetupView:
         KeyError
             If the model has no such field.
         """
-        state = self._setup.fields[self._field(registry_key)]
+        state = self.setup.fields[self._field(registry_key)]
         if "categories" in state:
             known = {"categorical_mapping": _array(state["categories"]), "original_key": state["key"]}
             return Named(known | ({"unlabeled_category": state["categories"][-1]} if state["kind"] == "labels" else {}))
@@ -131,10 +132,10 @@ class SetupView:
         if state["kind"] == "continuouses":
             return Named(columns=_array([column["key"] for column in state["columns"]]))
         if state["kind"] == "matrix":
-            names = self._setup.var_names(self.adata)
+            names = self.setup.var_names(self.adata)
             names = names if isinstance(names, list) else names[state["modality"]]
             names = names[slice(*state.get("columns", (None,)))]
-            return Named(n_obs=self._setup.n_cells, n_vars=len(names), column_names=_array(names))
+            return Named(n_obs=self.setup.n_cells, n_vars=len(names), column_names=_array(names))
         return Named(column_names=_array(state["names"])) if state["kind"] == "proteins" else Named()
 
     def get_from_registry(self, registry_key: str) -> Any:
@@ -146,8 +147,8 @@ class SetupView:
             If the model has no such field.
         """
         field = self._field(registry_key)
-        values = self._setup.read(self.adata, field)
-        state = self._setup.fields[field]
+        values = self.setup.read(self.adata, field)
+        state = self.setup.fields[field]
         if state["kind"] in ("categoricals", "continuouses"):
             import pandas as pd
 
@@ -156,12 +157,12 @@ class SetupView:
 
     def transfer_fields(self, adata_target: Data) -> SetupView:
         """The same setup for other data, which are checked; errors of ``Registry.check``."""
-        self._setup.check(adata_target)
-        return SetupView(adata_target, self._setup)
+        self.setup.check(adata_target)
+        return SetupView(adata_target, self.setup)
 
     def _keys(self) -> list[str]:
         """The fields of the model; covariates where it has some."""
-        fields = self._setup.fields
+        fields = self.setup.fields
         return [key for key, name in FIELDS.items() if name in fields and fields[name].get("columns") != []]
 
     def _field(self, key: str) -> str:
@@ -170,7 +171,7 @@ class SetupView:
         return FIELDS[key]
 
     def _place(self, key: str) -> Named:
-        state = self._setup.fields[FIELDS[key]]
+        state = self.setup.fields[FIELDS[key]]
         place: dict[str, Any] = {"attr_name": "obs", "attr_key": state.get("key")}
         if state["kind"] in ("matrix", "proteins") and state.get("key") is None:
             layer = state.get("layer")
@@ -182,10 +183,10 @@ class SetupView:
         return Named(place | ({"mod_key": state["modality"]} if "modality" in state else {}))
 
     def _numbers(self, key: str) -> dict[str, int]:
-        state = self._setup.fields[FIELDS[key]]
+        state = self.setup.fields[FIELDS[key]]
         part = "categories" if "categories" in state else NUMBERS.get(key)
         if key == "X":
-            return {"n_cells": self._setup.n_cells, "n_vars": self._setup.n_features}
+            return {"n_cells": self.setup.n_cells, "n_vars": self.setup.n_features}
         return {} if part is None else {f"n_{key}": len(state[part])}
 
     def __getattr__(self, name: str) -> NoReturn:

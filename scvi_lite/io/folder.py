@@ -282,4 +282,6 @@ def _not_a_model(path: str | Path, folder: Path, prefix: str) -> str:
     names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
     prefixes = [name.removesuffix(INFO) for name in names if name.endswith(INFO) and name != f"{prefix}{INFO}"]
     hint = f" There are models with prefix={' or '.join(map(repr, prefixes))}." if prefixes else ""
+    if f"{prefix}attr.pkl" in names:
+        hint += " scvi-tools before 0.15 wrote it: let scvi-tools convert it, by Model.convert_legacy_save()."
     return f"'{path}' is not a model folder: it has no {prefix}{INFO}, it holds {listing(names)}.{hint}"

@@ -33,6 +33,8 @@ from scvi_lite.train.plan import Plan
 if TYPE_CHECKING:
     from anndata import AnnData
 
+    from scvi_lite.data.view import SetupView
+
 logger = logging.getLogger("scvi_lite")
 
 ABSENT = {
@@ -98,6 +100,7 @@ class Model(metaclass=SaysInstead):
 
     def _build(self, adata: AnnData, registry: Registry, arguments: dict[str, Any]) -> None:
         self._adata, self.registry = adata, registry
+        self._view: SetupView | None = None
         self._arguments = {name: x.item() if isinstance(x, np.generic) else x for name, x in arguments.items()}
         self._var_names = registry.var_names(adata)
         self.is_trained = False
@@ -126,7 +129,7 @@ class Model(metaclass=SaysInstead):
 
     @adata.setter
     def adata(self, adata: AnnData) -> None:
-        self._adata = self._check(adata)
+        self._adata, self._view = self._check(adata), None
 
     def _check(self, adata: AnnData | None) -> AnnData:
         """An AnnData that fits the model: the model's own, or a new one with its genes in order."""

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 
 
 def adata_manager(model: Model) -> SetupView:
-    """The setup of the model's own data, by the names that scvi-tools has for it."""
-    return SetupView(model.adata, model.registry)
+    """The setup of the model's own data, by the names that scvi-tools has for it; the same until either changes."""
+    if model._view is None or model._view.setup is not model.registry:
+        model._view = SetupView(model.adata, model.registry)
+    return model._view
 
 
 def get_anndata_manager(model: Model, adata: AnnData, required: bool = False) -> SetupView:
