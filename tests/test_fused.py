@@ -71,6 +71,23 @@ def test_equals_the_formula(form, library, per_gene, dtype, tolerance):
     compare(form, *draw(form, 40, 300, library, per_gene, dtype), tolerance)
 
 
+@pytest.mark.parametrize("n", [10, 40, 100])
+def test_a_table_is_as_long_as_is_worth_it(n, monkeypatch):
+    """Whether counts are looked up or not, what they score is the formula's."""
+    lengths, table = [], kernels._table
+
+    def seen(*inputs):
+        made = table(*inputs)
+        lengths.append(len(made))
+        return made
+
+    monkeypatch.setattr(kernels, "_table", seen)
+    _, inputs, up_n = draw("nb", n, 30, dtype=torch.float32)
+    x_ng = torch.arange(1.0, 30 * n + 1).remainder(101).view(n, 30) + 1
+    compare("nb", Counts.from_dense(x_ng), [inputs[0], inputs[1] + 5, inputs[2]], up_n, 2e-5)
+    assert set(lengths) == {{10: 16, 40: 40, 100: 64}[n]}
+
+
 @FORM
 @LIBRARY
 @PER_GENE

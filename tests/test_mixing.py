@@ -1,10 +1,11 @@
-"""The mean of softmax rows in compiled passes, against the formula in doubles."""
+"""The mean of softmax rows and mixtures of normals in compiled passes, against the formulas in doubles."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from scvi_lite.nn.mixing import mean_softmax
+from scvi_lite.nn.conditional import LabelMixture
+from scvi_lite.nn.mixing import log_mixture, mean_softmax
 
 
 def inputs(shift=0.0):
@@ -44,3 +45,25 @@ def test_doubles_take_the_formula():
     tensors, _ = inputs()
     doubles = [t.detach().double() for t in tensors]
     torch.testing.assert_close(mean_softmax(*doubles), written_out(*doubles))
+
+
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_log_mixture(n_threads, monkeypatch):
+    """Places at a mean, between means and so far away that most parts underflow; as views, as networks make them."""
+    monkeypatch.setattr("scvi_lite._compiled.MIN_WORK", 1)
+    monkeypatch.setattr("torch.get_num_threads", lambda: n_threads)
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(5, 2, 3, 4, generator=generator).transpose(-1, -2).double() * 3
+    z[0, 0] = 1e3
+    loc, scale = torch.randn(2, 4, 6, 3, generator=generator).double()
+    parts = loc, scale.abs() + 0.05, torch.rand(4, 6, generator=generator).double().log()
+    z[1, 0] = loc[:, 0]
+    up = torch.randn(5, 2, 4, generator=generator).double()
+    found, expected = [], []
+    for dtype, results in ((torch.float32, found), (torch.float64, expected)):
+        leaf = z.to(dtype).requires_grad_()
+        value = log_mixture(leaf, LabelMixture(*(t.to(dtype) for t in parts)))
+        results += [value.detach().double(), *torch.autograd.grad(value, leaf, up.to(dtype))]
+    for ours, theirs in zip(found, expected):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
+    torch.autograd.gradcheck(lambda leaf: log_mixture(leaf, LabelMixture(*parts)), z.requires_grad_())

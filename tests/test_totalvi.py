@@ -19,7 +19,7 @@ from scvi_lite.data import synthetic_iid
 from scvi_lite.distributions import NegativeBinomial, NegativeBinomialMixture
 from scvi_lite.distributions.counts import nb_mixture_log_prob
 from scvi_lite.model import TOTALVI
-from scvi_lite.nn.protein import background_prior, lower_of_two
+from scvi_lite.nn.protein import ProteinRates, background_prior, lower_of_two
 
 GOLDEN = SHARED / "golden" / "totalvi"
 SILENT = {"accelerator": "cpu", "enable_progress_bar": False}
@@ -93,6 +93,46 @@ def test_mixture():
     torch.autograd.gradcheck(lambda *a: nb_mixture_log_prob(counts, *a), [a.requires_grad_() for a in inputs])
     narrow = nb_mixture_log_prob(counts.float(), *(a.detach().float() for a in inputs))
     np.testing.assert_allclose(narrow, np.log(truth), rtol=1e-4)
+
+
+def drawn_rates(dtype, shared_theta):
+    """What a decoder may say of five proteins in six cells, and a prior of the background."""
+    generator, n, p = torch.Generator().manual_seed(1), 6, 5
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    ratio_np = 1.0 + 1e-8 + 3 * draw(n, p).relu()
+    tensors = [draw(n, p), draw(n, p).exp(), 2 * draw(n, p) + 1, ratio_np, 3 * draw(n, p)]
+    tensors += [2 * draw(*([p] if shared_theta else [n, p])), draw(n, p), draw(n, p), draw(n, p).exp()]
+    return [t.to(dtype).requires_grad_() for t in tensors]
+
+
+def score(y_np, measured_np, *tensors):
+    return torch.stack(ProteinRates(*tensors[:7]).score(y_np, measured_np, *tensors[7:]))
+
+
+@pytest.mark.parametrize("shared_theta", [True, False])
+def test_compiled_score_of_proteins(shared_theta, monkeypatch):
+    """Single precision, which is compiled, against the formula in doubles, and that against finite differences."""
+    generator = torch.Generator().manual_seed(2)
+    y_np = torch.poisson(80 * torch.rand(6, 5, generator=generator, dtype=torch.float64) ** 3, generator=generator)
+    measured_np = torch.rand(6, 5, generator=generator) > 0.3
+    y_np[0], measured_np[0], measured_np[2] = 0, True, False
+    up_2n = torch.randn(2, 6, generator=generator)
+    single, double = (drawn_rates(dtype, shared_theta) for dtype in (torch.float32, torch.float64))
+    expected_2n = score(y_np, measured_np, *double)
+    (expected_2n * up_2n.double()).sum().backward()
+    for n_threads in (1, 2):
+        monkeypatch.setattr("scvi_lite._compiled.MIN_WORK", 1)
+        monkeypatch.setattr("torch.get_num_threads", lambda n=n_threads: n)
+        value_2n = score(y_np.float(), measured_np, *single)
+        torch.testing.assert_close(value_2n.double(), expected_2n, rtol=1e-5, atol=1e-5)
+        gradients = torch.autograd.grad((value_2n * up_2n).sum(), single)
+        for found, leaf in zip(gradients, double):
+            torch.testing.assert_close(found.double(), leaf.grad, rtol=1e-4, atol=1e-5 * float(leaf.grad.abs().max()))
+    assert value_2n[:, 2].tolist() == [0, 0]
+    torch.autograd.gradcheck(lambda *leaves: score(y_np, measured_np, *leaves), double)
 
 
 def test_lower_of_two_normals():

@@ -25,6 +25,8 @@ from scvi_lite.distributions.counts import LOG_THETA_RANGE
 F, INT, U = np.float32, np.int32, np.uint64
 # Up to here lgamma(x + theta) - lgamma(theta) is the logarithm of a product that a double holds.
 MAX_PRODUCT = 16
+# Counts that the table of a minibatch may reach, where there are enough of them to be worth it.
+LONGEST_TABLE = 64
 LOG_FACTORIAL = np.array([math.lgamma(x + 1.0) for x in range(MAX_PRODUCT + 1)])
 # What all cells are added to is first added up for so many of them, so that the sum is the same on any threads.
 BLOCK = 8
@@ -143,28 +145,34 @@ def zeros_row(i, t, o, c, weight, e_g, zero_g, theta_tg, dropout_ng, s_g, p_g, d
     return value, total
 
 
-def fill_table(first, last, log_theta_g, theta_g, table_xg2):
+@numba.njit(**AT_ONCE)
+def next_count(k, first, last, theta_g, before_2g, row_2g):
+    """The row of the table for the count k + 1, from that of k: see :func:`fill_table`."""
+    wide()
+    log_x = F(math.log(k + 1.0))
+    for j in range(U(first), U(last)):
+        row_2g[0, j] = before_2g[0, j] + log(theta_g[j] + F(k)) - log_x
+        row_2g[1, j] = before_2g[1, j] + theta_g[j] / (theta_g[j] + F(k))
+
+
+def fill_table(first, last, log_theta_g, theta_g, table_x2g):
     """For the counts 1, 2, ... and the genes first:last what depends on nothing else.
 
     log (theta (theta + 1) ... (theta + x - 1) / x!), and its derivative with respect to log theta.
     """
-    wide()
     for j in range(first, last):
-        table_xg2[0, j, 0], table_xg2[0, j, 1] = log_theta_g[j], F(1)
-    for k in range(1, table_xg2.shape[0]):
-        log_x = F(math.log(k + 1.0))
-        for j in range(first, last):
-            table_xg2[k, j, 0] = table_xg2[k - 1, j, 0] + log(theta_g[j] + F(k)) - log_x
-            table_xg2[k, j, 1] = table_xg2[k - 1, j, 1] + theta_g[j] / (theta_g[j] + F(k))
+        table_x2g[0, 0, j], table_x2g[0, 1, j] = log_theta_g[j], F(1)
+    for k in range(1, table_x2g.shape[0]):
+        next_count(k, first, last, theta_g, table_x2g[k - 1], table_x2g[k])
 
 
 @numba.njit(error_model="numpy")
-def look_up(i, t, col_k, x_k, shift, logit_ng, log_theta_tg, theta_tg, table_xg2, s_g, p_g, work, large_k):
+def look_up(i, t, col_k, x_k, shift, logit_ng, log_theta_tg, theta_tg, table_x2g, s_g, p_g, work, large_k):
     """What the non-zeros of row i need, side by side in ``work``; gives how many need another way (``large_k``).
 
     Rows of ``work``: d = log mu - log theta, theta, s, p, an entry of the table. In loops so short that loads overlap.
     """
-    n_large = 0
+    n_large, largest = 0, MAX_PRODUCT if table_x2g is None else table_x2g.shape[0]
     for k in range(col_k.shape[0]):
         j = U(col_k[k])
         work[0, k] = logit_ng[i, j] + shift - log_theta_tg[t, j]
@@ -174,13 +182,13 @@ def look_up(i, t, col_k, x_k, shift, logit_ng, log_theta_tg, theta_tg, table_xg2
         work[2, k], work[3, k] = s_g[j], p_g[j]
     for k in range(col_k.shape[0]):
         j, x = U(col_k[k]), x_k[k]
-        if not (1 <= x <= MAX_PRODUCT and x == math.floor(x) and work[1, k] > TINY):
+        if not (1 <= x <= largest and x == math.floor(x) and work[1, k] > TINY):
             large_k[n_large] = k
             n_large += 1
-        elif table_xg2 is None:
+        elif table_x2g is None:
             work[4, k], work[5, k] = rise_and_slope(int(x), theta_tg[t, j], log_theta_tg[t, j])
         else:
-            work[4, k], work[5, k] = table_xg2[U(x) - U(1), j, 0], table_xg2[U(x) - U(1), j, 1]
+            work[4, k], work[5, k] = table_x2g[U(x) - U(1), 0, j], table_x2g[U(x) - U(1), 1, j]
     return n_large
 
 
@@ -219,7 +227,7 @@ def summed(x_k):
 
 @numba.njit(fastmath={"contract"}, error_model="numpy")
 def nonzeros_row(
-    i, t, o, col_k, x_k, shift, weight, s_g, p_g, logit_ng, log_theta_tg, theta_tg, table_xg2,
+    i, t, o, col_k, x_k, shift, weight, s_g, p_g, logit_ng, log_theta_tg, theta_tg, table_x2g,
     dropout_ng, dmu_ng, dtheta_og, ddropout_ng, work, large_k,
 ):  # fmt: skip
     """Same as :func:`zeros_row` for the non-zeros of row i, where log mu = logit + shift."""
@@ -233,7 +241,7 @@ def nonzeros_row(
             value += x_k[k] * log_mu - mu - math.lgamma(x_k[k] + 1.0)
             value_k[k], dmu_k[k] = F(0), x_k[k] - mu
     else:
-        n_large = look_up(i, t, col_k, x_k, shift, logit_ng, log_theta_tg, theta_tg, table_xg2, s_g, p_g, work, large_k)
+        n_large = look_up(i, t, col_k, x_k, shift, logit_ng, log_theta_tg, theta_tg, table_x2g, s_g, p_g, work, large_k)
         nb_small(x_k, work)
         for k in large_k[:n_large]:
             log_mu = logit_ng[i, U(col_k[k])] + shift
@@ -311,7 +319,7 @@ def to_logit(i, weight, share, e_g, dmu_ng):
 
 
 def score_rows(
-    first, last, block, start, col_m, x_m, logit_ng, top_n, library_n, log_theta_tg, theta_tg, table_xg2, dropout_ng,
+    first, last, block, start, col_m, x_m, logit_ng, top_n, library_n, log_theta_tg, theta_tg, table_x2g, dropout_ng,
     weight_n, value_n, dlibrary_n, dlogit_ng, ddropout_ng, dtheta_og,
 ):  # fmt: skip
     """Fill values, and derivatives times the weight of each row, of the rows first:last.
@@ -337,7 +345,7 @@ def score_rows(
             i, t, o, c, weight, e_g, zero_g, theta_tg, dropout_ng, s_g, p_g, dlogit_ng, dtheta_og, ddropout_ng
         )
         others, dothers = nonzeros_row(
-            i, t, o, col_k, x_k, shift - top_n[i], weight, s_g, p_g, logit_ng, log_theta_tg, theta_tg, table_xg2,
+            i, t, o, col_k, x_k, shift - top_n[i], weight, s_g, p_g, logit_ng, log_theta_tg, theta_tg, table_x2g,
             dropout_ng, dlogit_ng, dtheta_og, ddropout_ng, work, large_k,
         )  # fmt: skip
         value_n[i] = zeros + others
@@ -353,11 +361,12 @@ def _table(log_theta: Tensor | None, theta: Tensor | None, n_nonzeros: int) -> T
     """The table of :func:`fill_table`, where theta is one for each gene and there are counts enough to use it."""
     if log_theta is None or theta is None or log_theta.shape[0] > 1 or n_nonzeros < log_theta.shape[1]:
         return None
-    table_xg2 = log_theta.new_empty(MAX_PRODUCT, log_theta.shape[1], 2)
-    arrays = [t.detach().numpy() for t in (log_theta[0], theta[0], table_xg2)]
+    n_counts = min(max(MAX_PRODUCT, n_nonzeros // log_theta.shape[1]), LONGEST_TABLE)
+    table_x2g = log_theta.new_empty(n_counts, 2, log_theta.shape[1])
+    arrays = [t.detach().numpy() for t in (log_theta[0], theta[0], table_x2g)]
     kernel = compiled(fill_table, at_once=True)
-    on_threads(lambda first, last: kernel(first, last, *arrays), log_theta.shape[1], table_xg2.numel())
-    return table_xg2
+    on_threads(lambda first, last: kernel(first, last, *arrays), log_theta.shape[1], table_x2g.numel())
+    return table_x2g
 
 
 def score(
@@ -378,8 +387,8 @@ def score(
     top_n = logit_ng.new_zeros(n) if library_n is None else logit_ng.amax(1)
     log_theta_tg = None if log_theta is None else log_theta.reshape(-1, g).clamp(*LOG_THETA_RANGE)
     theta_tg = None if log_theta_tg is None else log_theta_tg.exp()
-    table_xg2 = _table(log_theta_tg, theta_tg, x_m.shape[0])
-    inputs = [start, col_m, x_m, logit_ng, top_n, library_n, log_theta_tg, theta_tg, table_xg2, dropout_ng, weight_n]
+    table_x2g = _table(log_theta_tg, theta_tg, x_m.shape[0])
+    inputs = [start, col_m, x_m, logit_ng, top_n, library_n, log_theta_tg, theta_tg, table_x2g, dropout_ng, weight_n]
     value_n = torch.empty_like(top_n)
     dlibrary_n = dlogit_ng = ddropout_ng = dtheta = None
     block = 1

@@ -41,6 +41,11 @@ class LabelMixture:
     scale_lpk: Tensor
     log_weight_lp: Tensor
 
+    @property
+    def height_lp(self) -> Tensor:
+        """Logarithm of what each normal adds to the density at its mean."""
+        return self.log_weight_lp + log_normal(self.loc_lpk, self.loc_lpk.detach(), self.scale_lpk).sum(-1)
+
     def log_prob(self, z: Tensor, label_n: Tensor) -> Tensor:
         """Log-density at ``z`` (..., n, k), each under the mixture of its label: (..., n).
 
@@ -48,9 +53,8 @@ class LabelMixture:
         >>> one.log_prob(torch.zeros(4, 3), torch.tensor([0, 1, 1, 0])).shape
         torch.Size([4])
         """
-        height_lp = self.log_weight_lp + log_normal(self.loc_lpk, self.loc_lpk.detach(), self.scale_lpk).sum(-1)
         distance = ((z.unsqueeze(-2) - rows(self.loc_lpk, label_n)) / rows(self.scale_lpk, label_n)).square().sum(-1)
-        log_prob = rows(height_lp, label_n) - 0.5 * distance
+        log_prob = rows(self.height_lp, label_n) - 0.5 * distance
         top = log_prob.amax(-1, keepdim=True).detach()
         # What is too far away to count is kept from underflowing, which takes a CPU a hundred times as long.
         return (log_prob - top).clamp(min=-60).exp().sum(-1).log() + top.squeeze(-1)

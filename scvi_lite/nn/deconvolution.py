@@ -16,7 +16,7 @@ from scvi_lite.errors import check_whole
 from scvi_lite.nn.conditional import ConditionalDecoder, LabelMixture, normed
 from scvi_lite.nn.config import Config
 from scvi_lite.nn.layers import Encoder
-from scvi_lite.nn.mixing import mean_softmax
+from scvi_lite.nn.mixing import log_mixture, mean_softmax
 from scvi_lite.nn.module import Loss, Module
 from scvi_lite.nn.normal import draw_normal, kl_normal, log_normal
 from scvi_lite.nn.rates import Rates
@@ -243,7 +243,7 @@ class SpotModule(Module):
         no state to speak of.
         """
         c = self.config
-        cost_nl = -(spots.state_nsl * self.prior().log_prob(spots.z_nslk, self.label_l)).sum(1)
+        cost_nl = -(spots.state_nsl * log_mixture(spots.z_nslk, self.prior())).sum(1)
         if c.prior_mode == "normal":
             return cost_nl.sum(-1)
         return ((spots.proportion_nt[:, : c.n_labels] + LEAST_WEIGHT) * cost_nl).sum(-1)

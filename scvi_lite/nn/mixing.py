@@ -1,4 +1,4 @@
-"""The mean of many softmax rows, as in a spot of many cell types in many states, without what lies between.
+"""The mean of many softmax rows, as in a spot of many cell types in many states, and how likely their places are.
 
 Written out, it takes ten passes over an array of spots × states × cell types × genes, which fits no cache. On the CPU
 its rows are made, weighed and, going backward, turned into their own gradient where they stand.
@@ -11,6 +11,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from scvi_lite.distributions.fused import is_compiled_for
+from scvi_lite.nn.conditional import LabelMixture
 
 
 def mean_softmax(h: Tensor, weight_gh: Tensor, bias_lg: Tensor, share_nsl: Tensor) -> Tensor:
@@ -37,6 +40,36 @@ def mean_softmax(h: Tensor, weight_gh: Tensor, bias_lg: Tensor, share_nsl: Tenso
         return _MeanSoftmax.apply(*inputs)
     scale_nslg = (F.linear(h, weight_gh) + bias_lg).softmax(-1)
     return torch.einsum("nsl,nslg->ng", share_nsl, scale_nslg)
+
+
+def log_mixture(z: Tensor, mixture: LabelMixture) -> Tensor:
+    """Log-density (..., l) at ``z`` (..., l, k) under the mixture of each label. Gradients reach ``z`` alone.
+
+    >>> one = LabelMixture(torch.zeros(2, 1, 3), torch.ones(2, 1, 3), torch.zeros(2, 1))
+    >>> log_mixture(torch.zeros(4, 2, 3), one).shape
+    torch.Size([4, 2])
+    """
+    if is_compiled_for(z):
+        return _LogMixture.apply(z, mixture.loc_lpk, mixture.scale_lpk, mixture.height_lp)
+    return mixture.log_prob(z, torch.arange(z.shape[-2], device=z.device))
+
+
+class _LogMixture(torch.autograd.Function):
+    """The formulas as one pass over rows: see :mod:`scvi_lite.nn.mixing_kernels`."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, loc_lpk: Tensor, scale_lpk: Tensor, height_lp: Tensor) -> Tensor:
+        from scvi_lite.nn.mixing_kernels import log_mixtures
+
+        z_lkx = z.flatten(0, -3).permute(1, 2, 0).contiguous()
+        value_lx, dz_lkx = log_mixtures(z_lkx, loc_lpk, scale_lpk, height_lp)
+        ctx.save_for_backward(dz_lkx.permute(2, 0, 1).reshape(z.shape))
+        return value_lx.t().reshape(z.shape[:-1])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, up: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.saved_tensors[0] * up.unsqueeze(-1), None, None, None
 
 
 class _MeanSoftmax(torch.autograd.Function):

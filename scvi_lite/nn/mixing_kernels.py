@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from scvi_lite._compiled import AT_ONCE, compiled, on_threads
-from scvi_lite.distributions.kernels import exp
+from scvi_lite.distributions.kernels import exp, log, wide
 
 F, INT = np.float32, np.int32
 
@@ -22,6 +22,7 @@ def as_ordered(bits):
 @numba.njit(**AT_ONCE)
 def add_and_top(x_g, bias_g):
     """Add the bias in place, and give the greatest."""
+    wide()
     top = INT(-(2**31))
     for j in range(x_g.shape[0]):
         x = F(x_g[j] + bias_g[j])
@@ -33,6 +34,7 @@ def add_and_top(x_g, bias_g):
 @numba.njit(**AT_ONCE)
 def exp_below(x_g, top):
     """exp(x - top) in place, and its sum."""
+    wide()
     total = F(0)
     for j in range(x_g.shape[0]):
         x_g[j] = exp(x_g[j] - top)
@@ -43,6 +45,7 @@ def exp_below(x_g, top):
 @numba.njit(**AT_ONCE)
 def scale_and_add(x_g, scale, share, mean_g):
     """Scale in place, and add the share of the result to the mean."""
+    wide()
     for j in range(x_g.shape[0]):
         x_g[j] *= scale
         mean_g[j] += share * x_g[j]
@@ -51,6 +54,7 @@ def scale_and_add(x_g, scale, share, mean_g):
 @numba.njit(**AT_ONCE)
 def dot(x_g, y_g):
     """Sum of the products."""
+    wide()
     total = F(0)
     for j in range(x_g.shape[0]):
         total += x_g[j] * y_g[j]
@@ -60,6 +64,7 @@ def dot(x_g, y_g):
 @numba.njit(**AT_ONCE)
 def to_gradient(x_g, grad_g, mean, share, dbias_g):
     """From a softmax to the gradient with respect to its logits, in place; added to that of the bias."""
+    wide()
     for j in range(x_g.shape[0]):
         x_g[j] *= share * (grad_g[j] - mean)
         dbias_g[j] += x_g[j]
@@ -86,6 +91,60 @@ def backward_rows(first, last, row_rg, share_nr, grad_ng, dshare_nr, dbias_lg):
             to_gradient(x_g, grad_ng[i], dshare_nr[i, r], share_nr[i, r], dbias_lg[r % n_labels])
 
 
+@numba.njit(**AT_ONCE)
+def log_normals(z_kx, loc_k, rate_k, height, log_prob_x):
+    """Log-density of a normal, from its height at the mean."""
+    wide()
+    log_prob_x[:] = height
+    for k in range(z_kx.shape[0]):
+        for i in range(z_kx.shape[1]):
+            gap = (z_kx[k, i] - loc_k[k]) * rate_k[k]
+            log_prob_x[i] -= F(0.5) * gap * gap
+
+
+@numba.njit(**AT_ONCE)
+def log_sum(part_px, total_x, value_x):
+    """Fill the logarithm of the sum of the densities, of which ``part`` has the logarithms and is made the shares."""
+    wide()
+    n_parts, n_rows = part_px.shape
+    value_x[:], total_x[:] = part_px[0], F(0)
+    for p in range(1, n_parts):
+        for i in range(n_rows):
+            value_x[i] = max(value_x[i], part_px[p, i])
+    for p in range(n_parts):
+        for i in range(n_rows):
+            part_px[p, i] = exp(part_px[p, i] - value_x[i])
+            total_x[i] += part_px[p, i]
+    for p in range(n_parts):
+        for i in range(n_rows):
+            part_px[p, i] /= total_x[i]
+    for i in range(n_rows):
+        value_x[i] += log(total_x[i])
+
+
+@numba.njit(**AT_ONCE)
+def add_slopes(z_kx, loc_k, rate_k, share_x, dz_kx):
+    """Add the derivative of a normal's log-density, times its share."""
+    wide()
+    for k in range(z_kx.shape[0]):
+        for i in range(z_kx.shape[1]):
+            dz_kx[k, i] -= share_x[i] * (rate_k[k] * rate_k[k]) * (z_kx[k, i] - loc_k[k])
+
+
+def mixtures(first, last, z_lkx, loc_lpk, rate_lpk, height_lp, value_lx, dz_lkx):
+    """Of the labels first:last, fill the log-density of the mixture, and its derivative."""
+    n_parts, n_rows = loc_lpk.shape[1], z_lkx.shape[2]
+    part_px, total_x = np.empty((n_parts, n_rows), F), np.empty(n_rows, F)
+    for label in range(first, last):
+        z_kx, loc_pk, rate_pk = z_lkx[label], loc_lpk[label], rate_lpk[label]
+        for p in range(n_parts):
+            log_normals(z_kx, loc_pk[p], rate_pk[p], height_lp[label, p], part_px[p])
+        log_sum(part_px, total_x, value_lx[label])
+        dz_lkx[label] = F(0)
+        for p in range(n_parts):
+            add_slopes(z_kx, loc_pk[p], rate_pk[p], part_px[p], dz_lkx[label])
+
+
 def add_rows(row_rg: Tensor, bias_lg: Tensor, share_nr: Tensor, mean_ng: Tensor) -> None:
     """Turn logits (n·r, g) into softmax, in place, and fill their mean (n, g), weighed by the shares (n, r)."""
     arrays = [t.detach().numpy() for t in (row_rg, bias_lg, share_nr, mean_ng)]
@@ -106,3 +165,13 @@ def rows_to_gradients(
         return dbias_lg
 
     return torch.from_numpy(sum(on_threads(share, len(share_nr), row_rg.numel())))
+
+
+def log_mixtures(z_lkx: Tensor, loc_lpk: Tensor, scale_lpk: Tensor, height_lp: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-density (l, x) of mixtures of normals whose logarithms have these heights, and its derivative (l, k, x)."""
+    value_lx, dz_lkx = torch.empty_like(z_lkx[:, 0]), torch.empty_like(z_lkx)
+    tensors = z_lkx, loc_lpk, 1 / scale_lpk, height_lp, value_lx, dz_lkx
+    arrays = [t.detach().contiguous().numpy() for t in tensors]
+    kernel = compiled(mixtures)
+    on_threads(lambda first, last: kernel(first, last, *arrays), len(z_lkx), z_lkx.numel() * loc_lpk.shape[1])
+    return value_lx, dz_lkx

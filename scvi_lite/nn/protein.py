@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scvi_lite.distributions.counts import nb_mixture_log_prob
+from scvi_lite.distributions.fused import as_inputs, is_compiled_for
 from scvi_lite.nn.layers import Activation, CovariateLinear, Hidden
 from scvi_lite.nn.normal import draw_normal, kl_normal, log_normal
 
@@ -61,6 +62,20 @@ class ProteinRates:
         """Log-probability of each count: (..., n, p)."""
         log_back_np = self.log_back_np + self.log_efficiency
         return nb_mixture_log_prob(y_np, log_back_np, log_back_np + self.ratio_np.log(), self.log_theta, self.mixing_np)
+
+    def score(
+        self, y_np: Tensor, measured_np: Tensor, prior_loc_np: Tensor, prior_scale_np: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Of the proteins that were measured, log-likelihood of the counts and KL of the background: (..., n) each."""
+        counts = self.log_efficiency, self.log_back_np, self.ratio_np, self.mixing_np
+        background = self.back_loc_np, self.back_scale_np, prior_loc_np, prior_scale_np
+        tensors = as_inputs(self.mixing_np.dtype, y_np, self.log_theta, *counts, *background)
+        if is_compiled_for(self.mixing_np) and self.mixing_np.dim() == 2:
+            from scvi_lite.nn.protein_kernels import Score
+
+            return Score.apply(tensors[0], measured_np, *tensors[1:])
+        log_p_np, kl_np = self.log_likelihood(y_np), self.kl_background(prior_loc_np, prior_scale_np)
+        return torch.where(measured_np, log_p_np, 0.0).sum(-1), torch.where(measured_np, kl_np, 0.0).sum(-1)
 
     def kl_background(self, prior_loc: Tensor, prior_scale: Tensor) -> Tensor:
         """KL of the log background against its prior: (..., n, p)."""

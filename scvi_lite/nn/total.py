@@ -174,13 +174,13 @@ class TOTALVIModule(CountVAE):
 
     def reconstruction(self, z: Tensor, library: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Negative log-likelihoods (..., n) of the genes and of the proteins that were measured."""
-        return self._reconstruction(*self.decode_both(z, library, batch), batch)
+        genes, proteins = self.decode_both(z, library, batch)
+        return self._reconstruction(genes, self._score(proteins, batch)[0], batch)
 
-    def _reconstruction(self, genes: Rates, proteins: ProteinRates, batch: Batch) -> dict[str, Tensor]:
+    def _reconstruction(self, genes: Rates, protein_n: Tensor, batch: Batch) -> dict[str, Tensor]:
         gene_n = -genes.log_likelihood(batch.x)
         if batch.has_x_n is not None:
             gene_n = torch.where(batch.has_x_n, gene_n, 0.0)
-        protein_n = -torch.where(self.measured(batch), proteins.log_likelihood(batch.proteins_np), 0.0).sum(-1)
         return {"reconst_loss_gene": gene_n, "reconst_loss_protein": protein_n}
 
     def background_prior(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -189,11 +189,12 @@ class TOTALVIModule(CountVAE):
 
     def kl_given_z(self, z: Tensor, batch: Batch) -> Tensor:
         """KL of the background, (..., n), and what the priors of the panel's efficiency and of the mixing cost."""
-        return self._kl_background(self.decode_proteins(z, batch), batch)
+        return self._score(self.decode_proteins(z, batch), batch)[1]
 
-    def _kl_background(self, proteins: ProteinRates, batch: Batch) -> Tensor:
-        kl_np = torch.where(self.measured(batch), proteins.kl_background(*self.background_prior(batch)), 0.0)
-        return kl_np.sum(-1) + self._cost_of_priors(proteins)
+    def _score(self, proteins: ProteinRates, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Negative log-likelihood of the proteins, and what :meth:`kl_given_z` gives: (..., n) each."""
+        log_p_n, kl_n = proteins.score(batch.proteins_np, self.measured(batch), *self.background_prior(batch))
+        return -log_p_n, kl_n + self._cost_of_priors(proteins)
 
     def _cost_of_priors(self, proteins: ProteinRates) -> Tensor:
         """-log LogNormal(efficiency; 0, 1) - 0.001 log P(background), summed over proteins: (..., n)."""
@@ -206,7 +207,7 @@ class TOTALVIModule(CountVAE):
         genes, proteins = self.decode_both(z, library, batch)
         ratio_np = proteins.log_ratio_background(*self.background_prior(batch))
         ratio_n = torch.where(self.measured(batch), ratio_np, 0.0).sum(-1) - self._cost_of_priors(proteins)
-        return ratio_n - sum(self._reconstruction(genes, proteins, batch).values())
+        return ratio_n - sum(self._reconstruction(genes, self._score(proteins, batch)[0], batch).values())
 
     def loss(
         self,
@@ -224,8 +225,9 @@ class TOTALVIModule(CountVAE):
         z_nk = q.sample_z()
         library_n = self.library(batch, q) if q.library_loc_n is None else q.sample_library()
         genes, proteins = self.decode_both(z_nk, library_n, batch)
-        gene_n, protein_n = self._reconstruction(genes, proteins, batch).values()
-        kl_n = self.kl_z(q, batch) + self._kl_background(proteins, batch)
+        protein_n, kl_background_n = self._score(proteins, batch)
+        gene_n = self._reconstruction(genes, protein_n, batch)["reconst_loss_gene"]
+        kl_n = self.kl_z(q, batch) + kl_background_n
         kl_library_n = self.kl_library(batch, q)
         weight = pro_recons_weight * (kl_weight if anneal_proteins else 1.0)
         total = (gene_n + weight * protein_n + kl_weight * kl_n + kl_library_n).mean()
