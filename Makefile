@@ -30,9 +30,10 @@ $(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
 demo: $(INSTALLED)  ## train SCVI on real data, write results and pictures to demo_output/
 	$(BIN)/scvi-lite demo --out $(OUT) $(ARGS)
 
-# A test a core: one thread each is faster than all threads for one test after the other.
+# A test a core: one thread each is faster than all threads for one test after the other. Whole stretches of tests go to
+# a core, which so makes the models that tests share once, and takes over what another has left at the end.
 test: $(INSTALLED)  ## run every test, doctest, lint and type check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --durations 25 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --dist worksteal --durations 25 $(ARGS)
 
 test-long: $(INSTALLED)  ## run the tests that take minutes
 	$(BIN)/python -m pytest -m "long and not gpu" --timeout 3600 $(ARGS)

@@ -1,5 +1,7 @@
 """Settings for every test: no display, few threads, the same random numbers each time."""
 
+import functools
+import importlib.metadata
 import os
 from pathlib import Path
 
@@ -13,6 +15,9 @@ from hypothesis import settings
 # A machine that is busy, or compiles a kernel first, fails no test.
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
+
+# Lightning asks all installed packages for plug-ins, twice a training: that is a quarter of a short one.
+importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)
 
 SHARED = Path(__file__).parents[2] / "shared"
 

@@ -159,31 +159,6 @@ def test_names_of_options_are_whole_in_a_narrow_window():
     assert all(name in done.stdout for name in ("--unlabeled-category <", "--categorical-covariate <", "LinearSCVI"))
 
 
-def test_version_and_help_are_quick():
-    """Neither PyTorch nor anything as heavy is imported to answer."""
-    code = (
-        "import sys; from scvi_lite import cli; sys.argv = ['scvi-lite', *sys.argv[1:]]\n"
-        "try: cli.main()\n"
-        "except SystemExit as end: assert not end.code, end.code\n"
-        "loaded = {'torch', 'lightning', 'anndata', 'pandas', 'matplotlib', 'numpy'} & set(sys.modules)\n"
-        "assert not loaded, loaded"
-    )
-    for arguments in (["--version"], ["--help"], ["train", "--help"]):
-        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-
-
-def test_info_needs_no_torch(folder):
-    code = (
-        "import sys; from scvi_lite import cli; sys.argv = ['scvi-lite', 'info', sys.argv[1]]\n"
-        "try: cli.main()\n"
-        "except SystemExit as end: assert not end.code, end.code\n"
-        "assert 'torch' not in sys.modules and 'anndata' not in sys.modules"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
 def test_interrupt_keeps_the_model(data, tmp_path):
     """Ctrl-C during training: what was trained is saved, and the exit code says so."""
     out = tmp_path / "run"

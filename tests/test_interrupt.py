@@ -4,9 +4,9 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 import threading
 import time
+from itertools import takewhile
 
 import numpy as np
 import pytest
@@ -44,95 +44,73 @@ options = dict(max_epochs=50, batch_size=30, accelerator="cpu", enable_progress_
 """
 
 
-def run_script(body, tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT + textwrap.dedent(body))
-    done = subprocess.run(
-        [sys.executable, script],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done
+# One interrupt ends the training after the minibatch, also with a least number of epochs, and in a validation.
+ONE = """
+for when in ("step", "validation"):
+    at = At(**{when: lambda n: n == 15 + 3 * (when == "validation") and interrupt()})
+    model = SCVI(adata, n_hidden=4)
+    model.train(callbacks=at, min_epochs=40, **options)
+    assert at.step == {"step": 15, "validation": 18}[when]
+    assert model.is_trained and not model.module.training
+    assert len(model.history["elbo_train"]) == 3
+    assert all(model.module.encode(b).z_loc_nk.isfinite().all() for b in model._minibatches())
+    model.save(when)
+    assert SCVI.load(when, adata).history["elbo_train"].equals(model.history["elbo_train"])
+assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+model.train(**options | {"max_epochs": 2})
+assert len(model.history["elbo_train"]) == 5
+print("went on")
+"""
+
+# The second one is a KeyboardInterrupt where Python stands; the model is there and can be used.
+TWO = """
+def twice(n):
+    if n == 15:
+        interrupt()
+        interrupt()
+        time.sleep(5)
+        print("not at once")
+model = SCVI(adata, n_hidden=4)
+before = {name: value.clone() for name, value in model.module.state_dict().items()}
+try:
+    model.train(callbacks=At(step=twice), **options)
+except KeyboardInterrupt:
+    print("interrupted")
+assert model.is_trained and not model.module.training
+assert len(model.history["elbo_train"]) == 2
+assert not torch.equal(before["encoder.loc.weight"], model.module.encoder.loc.weight)
+model.save("kept")
+assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+"""
+
+# The stop button of a notebook is a SIGINT from another process, at any moment.
+FROM_OUTSIDE = """
+model = SCVI(adata, n_hidden=4)
+try:
+    at = At(step=lambda n: n == 30 and print("running", flush=True))
+    model.train(callbacks=at, **options | {"max_epochs": 100000})
+except KeyboardInterrupt:
+    print("not reached")
+print("epochs", len(model.history["elbo_train"]))
+"""
 
 
 def test_interrupts_in_a_script(tmp_path):
-    """One interrupt ends the training after the minibatch, also with a least number of epochs, and in a validation."""
-    done = run_script(
-        """
-        for when in ("step", "validation"):
-            at = At(**{when: lambda n: n == 15 + 3 * (when == "validation") and interrupt()})
-            model = SCVI(adata, n_hidden=4)
-            model.train(callbacks=at, min_epochs=40, **options)
-            assert at.step == {"step": 15, "validation": 18}[when]
-            assert model.is_trained and not model.module.training
-            assert len(model.history["elbo_train"]) == 3
-            assert all(model.module.encode(b).z_loc_nk.isfinite().all() for b in model._minibatches())
-            model.save(when)
-            assert SCVI.load(when, adata).history["elbo_train"].equals(model.history["elbo_train"])
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        model.train(**options | {"max_epochs": 2})
-        assert len(model.history["elbo_train"]) == 5
-        print("went on")
-        """,
-        tmp_path,
-    )
-    assert "went on" in done.stdout
-    assert done.stderr.count("Training was interrupted in epoch 2. The model is kept as trained so far.") == 2
-
-
-def test_second_interrupt_ends_at_once(tmp_path):
-    """The second one is a KeyboardInterrupt where Python stands; the model is there and can be used."""
-    done = run_script(
-        """
-        def twice(n):
-            if n == 15:
-                interrupt()
-                interrupt()
-                time.sleep(5)
-                print("not at once")
-        before = {name: value.clone() for name, value in model.module.state_dict().items()}
-        try:
-            model.train(callbacks=At(step=twice), **options)
-        except KeyboardInterrupt:
-            print("interrupted")
-        assert model.is_trained and not model.module.training
-        assert len(model.history["elbo_train"]) == 2
-        assert not torch.equal(before["encoder.loc.weight"], model.module.encoder.loc.weight)
-        model.save("kept")
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        """,
-        tmp_path,
-    )
-    assert done.stdout == "interrupted\n"
-
-
-def test_interrupt_from_outside_as_a_notebook_does(tmp_path):
-    """The stop button of a notebook is a SIGINT from another process, at any moment."""
     script = tmp_path / "script.py"
-    script.write_text(
-        SCRIPT
-        + textwrap.dedent("""
-        try:
-            at = At(step=lambda n: n == 30 and print("running", flush=True))
-            model.train(callbacks=at, **options | {"max_epochs": 100000})
-        except KeyboardInterrupt:
-            print("not reached")
-        print("epochs", len(model.history["elbo_train"]))
-        """)
-    )
-    with subprocess.Popen([sys.executable, script], cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "running\n"
+    script.write_text(SCRIPT + ONE + TWO + FROM_OUTSIDE)
+    command, environment = [sys.executable, script], os.environ | {"OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes) as process:
+        before = list(takewhile(lambda line: line != "running\n", process.stdout))
         time.sleep(0.3)
         sent = time.monotonic()
         process.send_signal(signal.SIGINT)
-        output = process.communicate(timeout=60)[0]
+        output, errors = process.communicate(timeout=60)
+    assert before == ["went on\n", "interrupted\n"], errors
     assert time.monotonic() - sent < 20
-    assert process.returncode == 0
+    assert process.returncode == 0, errors
     assert int(output.removeprefix("epochs ")) >= 5
+    assert errors.count("Training was interrupted in epoch 2. The model is kept as trained so far.") == 2
 
 
 @pytest.fixture

@@ -150,17 +150,6 @@ def test_many_names_are_quick():
     assert time.perf_counter() - start < 5
 
 
-def test_info_needs_no_torch():
-    write_folder("model", example())
-    code = (
-        "import sys; from scvi_lite.io.folder import read_info; info = read_info('model'); "
-        "assert not {'torch', 'pandas', 'numpy', 'safetensors'} & set(sys.modules); "
-        "print(info['class'], info['tensors']['encoder.weight'], info['history']['train_loss']['value'][1])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split("\n")[0] == "SCVI [3, 2] nan"
-
-
 def test_json_is_for_everybody():
     """No NaN literals, which only Python reads, and text as it is."""
     write_folder("model", example())

@@ -1,7 +1,5 @@
 """A MuData is read as one table of cells: modalities in any order, cells in any order and only partly shared."""
 
-import subprocess
-import sys
 import warnings
 
 import numpy as np
@@ -272,8 +270,3 @@ def test_proteins_of_obsm():
     adata.obsm["protein"] = adata.obsm["protein"].astype(str) + " counts"
     with pytest.raises(ValueError, match="not numbers"):
         Proteins("proteins_np", "protein").register(adata)
-
-
-def test_scvi_does_not_import_it():
-    code = "import sys, scvi_lite; from scvi_lite.model import SCVI; assert 'mudata' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)

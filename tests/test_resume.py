@@ -2,10 +2,8 @@
 
 import os
 import random
-import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -178,36 +176,26 @@ def test_minibatches_cannot_change_within_an_epoch(adata, checkpoint):
 def test_resume_after_a_kill(adata, tmp_path):
     """SIGKILL at any moment leaves a whole checkpoint, and what goes on from it equals the uninterrupted training."""
     adata.write_h5ad(tmp_path / "cells.h5ad")
-    head = f"""
-import sys
+    # One process imports all, and a child of it is killed.
+    (tmp_path / "script.py").write_text(f"""
+import os, signal, sys, time
 sys.path.insert(0, {os.path.dirname(__file__)!r})
 import anndata, torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from test_resume import assert_equal, fit
-adata, options = anndata.read_h5ad("cells.h5ad"), {{"early_stopping_patience": 1000}}
-"""
-    (tmp_path / "killed.py").write_text(
-        head
-        + """
-keep = ModelCheckpoint("kept", every_n_train_steps=1, save_top_k=0, save_last=True)
-fit(adata, 1, callbacks=keep, max_epochs=1000, **options)
-"""
-    )
-    # In a process of its own, too: sums are rounded alike.
-    (tmp_path / "resumed.py").write_text(
-        head
-        + """
-last = "kept/last.ckpt"
+adata, options, last = anndata.read_h5ad("cells.h5ad"), {{"early_stopping_patience": 1000}}, "kept/last.ckpt"
+child = os.fork()
+if child == 0:
+    keep = ModelCheckpoint("kept", every_n_train_steps=1, save_top_k=0, save_last=True)
+    fit(adata, 1, callbacks=keep, max_epochs=1000, **options)
+    os._exit(1)  # was not killed
+while not os.path.exists(last) and os.waitpid(child, os.WNOHANG) == (0, 0):
+    time.sleep(0.05)
+time.sleep(0.5)
+os.kill(child, signal.SIGKILL)
+assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
 options["max_epochs"] = torch.load(last, weights_only=True)["epoch"] + 2
 assert_equal(fit(adata, 2, ckpt_path=last, **options), fit(adata, 1, **options))
-"""
-    )
-    process = subprocess.Popen([sys.executable, "killed.py"], cwd=tmp_path)
-    last = tmp_path / "kept" / "last.ckpt"
-    while not last.exists() and process.poll() is None:
-        time.sleep(0.05)
-    time.sleep(0.5)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    done = subprocess.run([sys.executable, "resumed.py"], cwd=tmp_path, capture_output=True, text=True)
+""")
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

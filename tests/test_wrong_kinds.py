@@ -3,8 +3,6 @@
 import copy
 import json
 import pickle
-import subprocess
-import sys
 import warnings
 
 import numpy as np
@@ -306,17 +304,6 @@ def test_training_goes_on_with_counts_that_were_kept_beside_posteriors():
     model.minify_adata()
     with pytest.raises(RuntimeError, match="minified without counts"):
         model.train(**QUIET)
-
-
-def test_the_first_training_says_that_it_loads_lightning():
-    code = (
-        "import scvi_lite, sys; a = scvi_lite.data.synthetic_iid(batch_size=20, n_genes=5);"
-        "scvi_lite.model.SCVI.setup_anndata(a); m = scvi_lite.model.SCVI(a);"
-        "assert 'lightning.pytorch' not in sys.modules; m.train(1); m.train(1)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and done.stderr.count("Loading Lightning") == 1, done.stderr
-    assert done.stderr.index("Loading Lightning") < done.stderr.index("Training:")
 
 
 @pytest.mark.parametrize(("table", "what"), [(3, "is int"), ({"bayes_factor": [1]}, "is dict")])
