@@ -3,6 +3,7 @@
 import io
 import re
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -161,6 +162,21 @@ def test_second_training_continues_the_history(model):
     assert model.history["elbo_train"].iloc[:2].equals(first)
     assert model.history["lr-Adam"].index.tolist() == [2, 3]
     assert model.history["elbo_validation"].index.tolist() == [0, 1]
+
+
+def test_what_only_training_needs_is_freed(model):
+    model.train(max_epochs=1, **SILENT)
+    assert all(weight.grad is None for weight in model.module.parameters())
+    assert model.trainer.lightning_module.last_good is None
+    earlier = weakref.ref(model.trainer)
+    found = []
+
+    class Look(Callback):
+        def on_train_start(self, trainer, task):
+            found.append(earlier())
+
+    model.train(max_epochs=1, callbacks=[Look()], **SILENT)
+    assert found == [None]
 
 
 # Schedules ------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 from collections.abc import Mapping
 from dataclasses import replace
@@ -92,6 +93,9 @@ def fit_model(
     task = Task(model.module, plan, earlier, adversary)
     task.monitor_lr |= stopping.learning_rate_monitor
     data = _minibatches(model, start, batch_size, splitting, supervision)
+    if model.trainer is not None:  # it holds what the optimiser knows of each weight, and parts that hold one another
+        model.trainer = None
+        gc.collect()
     try:
         model.module.train()  # from here on, so that an interrupt cannot leave it so
         model.trainer, interrupted = fit(task, data, stopping, options, n_workers)
@@ -192,6 +196,8 @@ def _minibatches(
 def _adopt(model: Model, task: Task, data: CellDataModule) -> None:
     """Take over the history and the split of a training, however it ended."""
     model.module.eval()
+    model.module.zero_grad()
+    task.last_good = None
     if not task.has_trained:
         return
     model._history = {
