@@ -12,16 +12,7 @@ from scvi_lite._settings import settings
 
 __version__ = "0.1.0"
 
-MODELS = (
-    "SCVI",
-    "LinearSCVI",
-    "CondSCVI",
-    "DestVI",
-    "PEAKVI",
-    "MULTIVI",
-    "SCANVI",
-    "TOTALVI",
-)
+MODELS = ("SCVI", "LinearSCVI", "CondSCVI", "DestVI", "PEAKVI", "MULTIVI", "SCANVI", "TOTALVI")
 
 __getattr__, __dir__ = lazy(
     __name__,

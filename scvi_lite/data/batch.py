@@ -62,12 +62,7 @@ class Counts:
         """The same counts on a device."""
         if self.start.device == device:
             return self
-        return Counts(
-            self.start.to(device),
-            self.col_m.to(device),
-            self.value_m.to(device),
-            self.n_features,
-        )
+        return Counts(self.start.to(device), self.col_m.to(device), self.value_m.to(device), self.n_features)
 
     def join(self, other: Counts) -> Counts:
         """The counts of these cells and of others behind them.

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from scvi_lite.data.gene_names import naming_hint
-from scvi_lite.data.modalities import check_mudata, name_of, part_of
-from scvi_lite.data.registry import check_anndata
+from scvi_lite.data.modalities import check_anndata, check_mudata, name_of, part_of
 from scvi_lite.errors import listing, nearest, warn
 
 if TYPE_CHECKING:

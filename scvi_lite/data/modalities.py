@@ -16,7 +16,16 @@ if TYPE_CHECKING:
 
     Data: TypeAlias = AnnData | MuData
 
-CURES = {
+CURES_OF_ANNDATA = {
+    "bool": "Without data a saved model is a reference: Model.load_query_data(adata, folder).",
+    "NoneType": "Give the data that setup_anndata was called with.",
+    "str": "Read the file first: anndata.read_h5ad(path).",
+    "PosixPath": "Read the file first: anndata.read_h5ad(path).",
+    "DataFrame": "Make one: anndata.AnnData(frame), with cells as rows.",
+    "MuData": "Give one of its modalities, as in mdata['rna'], or call setup_mudata where the model has it.",
+    "ndarray": "Make one: anndata.AnnData(counts), with cells as rows.",
+}
+CURES_OF_MUDATA = {
     "NoneType": "Give the data that setup_mudata was called with.",
     "str": "Read the file first: mudata.read_h5mu(path).",
     "PosixPath": "Read the file first: mudata.read_h5mu(path).",
@@ -50,6 +59,36 @@ def place_of(data: Data, modality: str | None) -> np.ndarray | None:
     return None if here.equals(data.obs_names) else here.get_indexer(data.obs_names)
 
 
+def check_data(data: Any, modalities: Collection[str]) -> None:
+    """Refuse what is not an AnnData, or, where modalities are read, a MuData that has them."""
+    check_mudata(data, modalities) if modalities else check_anndata(data)
+
+
+def check_anndata(adata: Any) -> None:
+    """Refuse what is not an AnnData, or an empty one, or one with repeated gene names.
+
+    Raises
+    ------
+    TypeError
+        If it is something else.
+    ValueError
+        If there are no cells or no genes, or names repeat.
+    """
+    from anndata import AnnData
+
+    if not isinstance(adata, AnnData):
+        kind = type(adata).__name__
+        raise TypeError(f"adata is a {kind}; an AnnData is needed. {CURES_OF_ANNDATA.get(kind, '')}".rstrip())
+    if adata.n_obs == 0 or adata.n_vars == 0:
+        raise ValueError(f"adata has {adata.n_obs} cells and {adata.n_vars} genes; at least one of each is needed.")
+    if not adata.var_names.is_unique:
+        repeated = adata.var_names[adata.var_names.duplicated()]
+        raise ValueError(
+            f"adata.var_names repeats {len(repeated)} names, {repeated[0]!r} for one. "
+            "Call adata.var_names_make_unique() first."
+        )
+
+
 def check_mudata(mdata: Any, modalities: Iterable[str]) -> None:
     """Refuse what is not a MuData, lacks a modality, or cannot be read as one table of cells.
 
@@ -65,7 +104,7 @@ def check_mudata(mdata: Any, modalities: Iterable[str]) -> None:
     modalities = list(modalities)
     if not is_mudata(mdata):
         kind, having = type(mdata).__name__, f" with the modalities {listing(modalities)}" if modalities else ""
-        raise TypeError(f"mdata is a {kind}; a MuData{having} is needed. {CURES.get(kind, '')}".rstrip())
+        raise TypeError(f"mdata is a {kind}; a MuData{having} is needed. {CURES_OF_MUDATA.get(kind, '')}".rstrip())
     if mdata.axis != 0:
         raise ValueError(f"mdata shares its variables (axis={mdata.axis}); a MuData that shares cells is needed.")
     if mdata.n_obs == 0:

@@ -13,9 +13,9 @@ from scipy import sparse
 from scvi_lite.data.columns import categories_of, text_of
 from scvi_lite.data.fields import Categorical, Categoricals
 from scvi_lite.data.gene_names import LEAST_SHARE, naming_hint
-from scvi_lite.data.modalities import name_of, part_of
+from scvi_lite.data.modalities import check_anndata, name_of, part_of
 from scvi_lite.data.proteins import Proteins
-from scvi_lite.data.registry import Registry, check_anndata
+from scvi_lite.data.registry import Registry
 from scvi_lite.errors import UnknownKeyError, listing, warn
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from scvi_lite.data.fields import Categorical, Categoricals, Continuous, Continuouses, Embedding, Field, Matrix
 from scvi_lite.data.labels import Labels
-from scvi_lite.data.modalities import check_mudata, is_mudata, part_of, place_of
+from scvi_lite.data.modalities import check_data, is_mudata, part_of, place_of
 from scvi_lite.data.proteins import Proteins
 from scvi_lite.errors import StateError, UnknownKeyError, listing, unknown
 
@@ -29,15 +29,6 @@ MINIFY_KEY = "_scvi_adata_minify_type"  #: of uns, in which scvi-tools notes how
 WITHOUT_COUNTS = "latent_posterior_parameters"
 PARTS = {"model_name": str, "setup_args": dict, "fields": dict, "n_cells": int, "n_features": int}
 THEIRS = ("field_registries", "scvi_version", "setup_method_name")  #: what scvi-tools has beside some of them
-CURES = {
-    "bool": "Without data a saved model is a reference: Model.load_query_data(adata, folder).",
-    "NoneType": "Give the data that setup_anndata was called with.",
-    "str": "Read the file first: anndata.read_h5ad(path).",
-    "PosixPath": "Read the file first: anndata.read_h5ad(path).",
-    "DataFrame": "Make one: anndata.AnnData(frame), with cells as rows.",
-    "MuData": "Give one of its modalities, as in mdata['rna'], or call setup_mudata where the model has it.",
-    "ndarray": "Make one: anndata.AnnData(counts), with cells as rows.",
-}
 
 
 class FieldStates(dict[str, dict[str, Any]]):
@@ -277,36 +268,6 @@ def _fits(state: Any) -> bool:
     """Whether the state of a field, read from a file, is one."""
     kind = state.get("kind") if isinstance(state, dict) else None
     return isinstance(kind, str) and kind in KINDS and KINDS[kind].fits(state)
-
-
-def check_data(data: Any, modalities: Collection[str]) -> None:
-    """Refuse what is not an AnnData, or, where modalities are read, a MuData that has them."""
-    check_mudata(data, modalities) if modalities else check_anndata(data)
-
-
-def check_anndata(adata: Any) -> None:
-    """Refuse what is not an AnnData, or an empty one, or one with repeated gene names.
-
-    Raises
-    ------
-    TypeError
-        If it is something else.
-    ValueError
-        If there are no cells or no genes, or names repeat.
-    """
-    from anndata import AnnData
-
-    if not isinstance(adata, AnnData):
-        kind = type(adata).__name__
-        raise TypeError(f"adata is a {kind}; an AnnData is needed. {CURES.get(kind, '')}".rstrip())
-    if adata.n_obs == 0 or adata.n_vars == 0:
-        raise ValueError(f"adata has {adata.n_obs} cells and {adata.n_vars} genes; at least one of each is needed.")
-    if not adata.var_names.is_unique:
-        repeated = adata.var_names[adata.var_names.duplicated()]
-        raise ValueError(
-            f"adata.var_names repeats {len(repeated)} names, {repeated[0]!r} for one. "
-            "Call adata.var_names_make_unique() first."
-        )
 
 
 def describe_field(state: dict[str, Any]) -> list[tuple[str, str]]:

@@ -12,7 +12,7 @@ import pandas as pd
 
 from scvi_lite.data.checks import check_counts, has_fractions, value_blocks
 from scvi_lite.data.fields import Categorical, Matrix
-from scvi_lite.data.registry import check_anndata
+from scvi_lite.data.modalities import check_anndata
 from scvi_lite.data.rows import Rows
 from scvi_lite.errors import check_options, check_whole, without_needless
 

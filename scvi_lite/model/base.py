@@ -23,7 +23,7 @@ from scvi_lite.data.batch import Batch
 from scvi_lite.data.disk import LazyStore
 from scvi_lite.data.fields import Columns, Field
 from scvi_lite.data.genes import match_genes
-from scvi_lite.data.modalities import is_mudata
+from scvi_lite.data.modalities import check_anndata, is_mudata
 from scvi_lite.data.registry import Registry
 from scvi_lite.errors import StateError, as_options, check_whole, warn, without_absent
 from scvi_lite.model import files, setup
@@ -94,7 +94,7 @@ class Model(metaclass=SaysInstead):
 
     def __init__(self, adata: AnnData, arguments: dict[str, Any], known: Iterable[str] | None = None):
         if not (self.reads_mudata and is_mudata(adata)):
-            registries.check_anndata(adata)
+            check_anndata(adata)
         arguments = without_absent(type(self).__name__, arguments, ABSENT, known)
         self._build(adata, registries.find(adata, type(self).__name__), arguments)
 
@@ -143,11 +143,7 @@ class Model(metaclass=SaysInstead):
     _rows = staticmethod(cell_rows)
 
     def _minibatches(
-        self,
-        adata: AnnData | None = None,
-        indices: Any = None,
-        batch_size: int | None = None,
-        with_counts: bool = True,
+        self, adata: AnnData | None = None, indices: Any = None, batch_size: int | None = None, with_counts: bool = True
     ) -> Iterator[Batch]:
         """Cells as minibatches on the model's device, in the order of ``indices``, without gradients.
 

@@ -25,15 +25,9 @@ if TYPE_CHECKING:
     from scvi_lite.model.condscvi import CondSCVI
 
 NETWORK_OPTIONS = (
-    "amortization",
-    "prior_mode",
-    "n_states_per_label",
-    "add_celltypes",
-    "augmentation",
-    "n_samples_augmentation",
-    "dropout_amortization",
-    "n_latent_amortization",
-)
+    "amortization", "prior_mode", "n_states_per_label", "add_celltypes", "augmentation", "n_samples_augmentation",
+    "dropout_amortization", "n_latent_amortization",
+)  # fmt: skip
 ABSENT = {"dropout_decoder": "the decoder of the reference is held, without dropout"}
 NEEDLESS = {"eps_v": "the loss does not depend on it, nor does that of scvi-tools"}
 
@@ -71,14 +65,9 @@ class DestVIPlan(Plan):
     reconst_weight: float = 3.0
 
     of_loss: ClassVar[tuple[str, ...]] = (
-        "ct_sparsity_weight",
-        "weighting_augmentation",
-        "weighting_smoothing",
-        "eta_reg",
-        "beta_reg",
-        "weighting_kl_latent",
-        "reconst_weight",
-    )
+        "ct_sparsity_weight", "weighting_augmentation", "weighting_smoothing", "eta_reg", "beta_reg",
+        "weighting_kl_latent", "reconst_weight",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -402,10 +402,5 @@ class MULTIVI(Model):
 
 
 NOT_OF_THE_NETWORK = (
-    "n_genes",
-    "n_regions",
-    "n_hidden",
-    "n_latent",
-    "n_layers_encoder",
-    "fully_paired",
-)
+    "n_genes", "n_regions", "n_hidden", "n_latent", "n_layers_encoder", "fully_paired",
+)  # fmt: skip

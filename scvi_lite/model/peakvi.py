@@ -69,7 +69,7 @@ class PEAKVIModule(VAE):
     def __init__(self, config: PeakConfig):
         super().__init__(config)
         c = config
-        hidden = self.make_hidden(c.n_genes, "encoder", c.n_layers, c.dropout_rate, leaky_relu, deeply=True)
+        hidden = self.make_hidden(c.n_genes, "encoder", c.n_layers, c.dropout_rate, True, activation=leaky_relu)
         self.encoder = Encoder(hidden, c.n_hidden, c.n_latent, floor=0.0)
         hidden = self.make_hidden(c.n_latent, "decoder", c.n_layers_decoder, activation=leaky_relu)
         self.decoder = Head(hidden, c.n_hidden, c.n_genes)

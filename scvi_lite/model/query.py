@@ -13,9 +13,9 @@ from torch import Tensor
 
 from scvi_lite.analysis.minify import setup_for_counts
 from scvi_lite.data.genes import replace_modalities
-from scvi_lite.data.modalities import is_mudata
+from scvi_lite.data.modalities import check_data, is_mudata
 from scvi_lite.data.query import extend, fill_genes, without_cells
-from scvi_lite.data.registry import Registry, check_data, note
+from scvi_lite.data.registry import Registry, note
 from scvi_lite.errors import warn, without_absent
 from scvi_lite.io.restore import load_weights
 from scvi_lite.model.base import ABSENT, Model

@@ -7,16 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from scvi_lite.analysis import (
-    abundance,
-    differential,
-    expression,
-    importance,
-    latent,
-    likelihood,
-    minify,
-    predictive,
-)
+from scvi_lite.analysis import abundance, differential, expression, importance, latent, likelihood, minify, predictive
 from scvi_lite.data.batch import Batch
 from scvi_lite.data.fields import Matrix, columns_of_obs
 from scvi_lite.model import query

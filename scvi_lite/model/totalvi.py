@@ -28,18 +28,10 @@ if TYPE_CHECKING:
 MANY_PROTEINS = 10  # above, the prior of the background is taken from the data
 NAMES = {"n_layers": "n_layers_encoder", "dropout_rate": "dropout_rate_encoder", "dispersion": "gene_dispersion"}
 NETWORK = (
-    "n_hidden",
-    "n_layers_encoder",
-    "n_layers_decoder",
-    "dropout_rate_encoder",
-    "dropout_rate_decoder",
-    "log_variational",
-    "encode_covariates",
-    "deeply_inject_covariates",
-    "use_observed_lib_size",
-    "use_batch_norm",
+    "n_hidden", "n_layers_encoder", "n_layers_decoder", "dropout_rate_encoder", "dropout_rate_decoder",
+    "log_variational", "encode_covariates", "deeply_inject_covariates", "use_observed_lib_size", "use_batch_norm",
     "use_layer_norm",
-)
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

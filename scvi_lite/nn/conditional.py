@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scvi_lite.data.batch import Batch
-from scvi_lite.nn.layers import Activation, Hidden, rows
+from scvi_lite.nn.layers import Hidden, rows
 from scvi_lite.nn.module import Loss
 from scvi_lite.nn.normal import kl_normal, log_normal
 from scvi_lite.nn.rates import Rates
@@ -61,24 +62,11 @@ class LabelMixture:
 
 
 def normed(
-    n_in: int,
-    n_hidden: int,
-    n_layers: int,
-    n_cats: Sequence[int] = (),
-    dropout_rate: float = 0.0,
-    activation: Activation = F.relu,
+    n_in: int, n_hidden: int, n_layers: int, n_cats: Sequence[int] = (), dropout_rate: float = 0.0, **options: Any
 ) -> Hidden:
     """Hidden layers as all networks given a cell type have them: with layer norm, without batch norm."""
-    return Hidden(
-        n_in,
-        n_hidden,
-        n_layers,
-        n_cats,
-        batch_norm=False,
-        layer_norm=True,
-        dropout_rate=dropout_rate,
-        activation=activation,
-    )
+    options |= {"batch_norm": False, "layer_norm": True, "dropout_rate": dropout_rate}
+    return Hidden(n_in, n_hidden, n_layers, n_cats, **options)
 
 
 class ConditionalDecoder(nn.Module):
@@ -157,19 +145,13 @@ class CondSCVIModule(CountVAE):
     # Network ----------------------------------------------------------------------------------------------------------
 
     def make_hidden(
-        self,
-        n_in: int,
-        side: str,
-        n_layers: int,
-        dropout_rate: float = 0.0,
-        activation: Activation = F.relu,
-        deeply: bool = True,
+        self, n_in: int, side: str, n_layers: int, dropout_rate: float = 0.0, deeply: bool = True, **options: Any
     ) -> Hidden:
         """Hidden layers of the encoder: labels enter each, the batch enters the first where it is asked for."""
         c = self.config
         n_dense = self.n_dense if c.encode_covariates else 0
         labels = [c.n_labels] if c.n_labels > 1 else []
-        return normed(n_in + n_dense, c.n_hidden, n_layers, labels, dropout_rate, activation)
+        return normed(n_in + n_dense, c.n_hidden, n_layers, labels, dropout_rate, **options)
 
     def make_decoder(self) -> ConditionalDecoder:
         """The decoder of counts given a label."""
@@ -196,20 +178,17 @@ class CondSCVIModule(CountVAE):
         c = self.config
         if c.prior == "normal":
             return None
-        places: tuple[Tensor, Tensor]
-        if c.prior == "mog":
-            places = self.prior_loc_lpk, self.prior_log_scale_lpk.exp()
-        else:
-            places = self.encode_pseudo_inputs()
-        return LabelMixture(*places, self.prior_logit_lp.log_softmax(-1))
+        loc_lpk, scale_lpk = (
+            self.encode_pseudo_inputs() if c.prior == "vamp" else (self.prior_loc_lpk, self.prior_log_scale_lpk.exp())
+        )
+        return LabelMixture(loc_lpk, scale_lpk, self.prior_logit_lp.log_softmax(-1))
 
     def encode_pseudo_inputs(self) -> tuple[Tensor, Tensor]:
         """Posteriors of the pseudo-inputs, (l, p, k) each, as if they came from all batches alike."""
         n_labels, n_components, _ = shape = self.pseudo_lpg.shape
         label_m = torch.arange(n_labels, device=self.pseudo_lpg.device).repeat_interleave(n_components)
-        dense_md = (
-            self.batch_embedding.weight.mean(0).expand(len(label_m), -1) if self.config.encode_covariates else None
-        )
+        mean_d = self.batch_embedding.weight.mean(0)
+        dense_md = mean_d.expand(len(label_m), -1) if self.config.encode_covariates else None
         codes = [label_m] if n_labels > 1 else []
         loc_mk, scale_mk = self.encoder(self.pseudo_lpg.flatten(0, 1), codes, dense_md)
         return loc_mk.view(*shape[:2], -1), scale_mk.view(*shape[:2], -1)
@@ -259,9 +238,8 @@ class CondSCVIModule(CountVAE):
         target_n = torch.where(known_n, batch.fine_n, 0)
         total = (F.cross_entropy(logits, target_n, reduction="none") * known_n).sum()
         hits = ((logits.argmax(-1) == target_n) & known_n).sum()
-        return total / known_n.sum().clamp(min=1), torch.stack(
-            [total.detach(), hits.to(total), known_n.sum().to(total)]
-        )
+        n_known = known_n.sum()
+        return total / n_known.clamp(min=1), torch.stack([total.detach(), hits.to(total), n_known.to(total)])
 
     @property
     def extra_shapes(self) -> dict[str, tuple[int, ...]]:

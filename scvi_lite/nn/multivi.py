@@ -108,7 +108,7 @@ class MULTIVIModule(VAE):
 
     def _encoder(self, n_in: int, deeply: bool = False) -> Encoder:
         c = self.config
-        hidden = self.make_hidden(n_in, "encoder", c.n_layers, c.dropout_rate, leaky_relu, deeply)
+        hidden = self.make_hidden(n_in, "encoder", c.n_layers, c.dropout_rate, deeply, activation=leaky_relu)
         return Encoder(hidden, c.n_hidden, c.n_latent, floor=0.0)
 
     def _head(self, n_in: int, side: str, n_layers: int, n_out: int) -> Head:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scvi_lite.data.batch import Batch, Counts
 from scvi_lite.nn.config import Choices, Config
-from scvi_lite.nn.layers import VARIANCE, Activation, Encoder, Hidden, rows
+from scvi_lite.nn.layers import VARIANCE, Encoder, Hidden, rows
 from scvi_lite.nn.module import Module
 from scvi_lite.nn.normal import draw_normal, kl_normal, log_normal
 from scvi_lite.nn.rates import LIKELIHOODS, Rates
@@ -109,17 +108,12 @@ class VAE(Module):
             self.batch_embedding = nn.Embedding(c.n_batches, c.batch_embedding_dim)
 
     def make_hidden(
-        self,
-        n_in: int,
-        side: str,
-        n_layers: int,
-        dropout_rate: float = 0.0,
-        activation: Activation = F.relu,
-        deeply: bool = False,
+        self, n_in: int, side: str, n_layers: int, dropout_rate: float = 0.0, deeply: bool = False, **options: Any
     ) -> Hidden:
         """Hidden layers of an ``"encoder"`` or a ``"decoder"``, with the covariates that enter on this side.
 
-        ``deeply``: they enter each layer, whatever the configuration says.
+        ``deeply``: they enter each layer, whatever the configuration says; ``options`` are of
+        :class:`~scvi_lite.nn.layers.Hidden`.
         """
         c = self.config
         with_covariates = side == "decoder" or c.encode_covariates
@@ -132,7 +126,7 @@ class VAE(Module):
             batch_norm=c.use_batch_norm in (side, "both"),
             layer_norm=c.use_layer_norm in (side, "both"),
             dropout_rate=dropout_rate,
-            activation=activation,
+            **options,
         )
 
     def to_latent(self, z: Tensor) -> Tensor:

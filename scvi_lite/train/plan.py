@@ -22,9 +22,7 @@ NEEDLESS = {
     "on_step": "metrics are those of an epoch; a logger gets the loss of steps from log_every_n_steps",
     "on_epoch": "metrics are those of an epoch",
 }
-ABSENT = {
-    "update_only_decoder": "freeze what shall stay, e.g. model.module.encoder.requires_grad_(False)",
-}
+ABSENT = {"update_only_decoder": "freeze what shall stay, e.g. model.module.encoder.requires_grad_(False)"}
 METRICS = ("elbo", "reconstruction_loss", "kl_local", "kl_global")
 
 

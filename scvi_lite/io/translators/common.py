@@ -80,6 +80,13 @@ def rename(weights: dict[str, Any], rules: Rules) -> dict[str, Tensor]:
     return state
 
 
+def in_rows(state: dict[str, Tensor], names: Sequence[str] = ("log_theta",)) -> dict[str, Tensor]:
+    """With a row for each category, where there it is a column, and the prior of the library as a vector."""
+    priors = {name: state[name].flatten() for name in ("library_prior_loc", "library_prior_var") if name in state}
+    turned = {name: state[name].T.contiguous() for name in names if name in state and state[name].ndim == 2}
+    return state | priors | turned
+
+
 def split_one_hot(
     state: dict[str, Tensor], covariates: Mapping[str, Sequence[int]], deeply: bool = True
 ) -> dict[str, Tensor]:

@@ -11,28 +11,17 @@ from scvi_lite.io.translators.common import Rules, Setup, encoder, hidden, renam
 from scvi_lite.io.translators.condscvi import DECODER
 
 ARGUMENTS = (
-    "cell_type_mapping",
-    "n_hidden",
-    "n_latent",
-    "n_layers",
-    "amortization",
-    "prior_mode",
-    "n_states_per_label",
-    "add_celltypes",
-    "augmentation",
-    "n_samples_augmentation",
-    "dropout_amortization",
-    "n_latent_amortization",
-)
+    "cell_type_mapping", "n_hidden", "n_latent", "n_layers", "amortization", "prior_mode", "n_states_per_label",
+    "add_celltypes", "augmentation", "n_samples_augmentation", "dropout_amortization", "n_latent_amortization",
+)  # fmt: skip
 
 
 def arguments(theirs: Mapping[str, Any]) -> dict[str, Any]:
     """Sizes and options; there the weights of the reference are arguments, too."""
     if theirs.get("mean_vprior") is None:
         raise ValueError("it has no prior of cell types from single cells, and was not made by from_rna_model")
-    return {name: theirs[name] for name in ARGUMENTS if name in theirs} | {
-        "n_components": theirs["mean_vprior"].shape[1]
-    }
+    given = {name: theirs[name] for name in ARGUMENTS if name in theirs}
+    return given | {"n_components": theirs["mean_vprior"].shape[1]}
 
 
 def translate(weights: dict[str, Any], setup: Setup) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from scvi_lite.io.translators.common import Rules, Setup, encoder, rename, split_columns
+from scvi_lite.io.translators.common import Rules, Setup, encoder, in_rows, rename, split_columns
 
 
 def translate(weights: dict[str, Any], setup: Setup) -> dict[str, Tensor]:
@@ -30,11 +30,7 @@ def translate(weights: dict[str, Any], setup: Setup) -> dict[str, Tensor]:
         if f"{part}.linear.weight" in state:
             state |= split_columns(f"{part}.linear", state[f"{part}.linear.weight"], setup.covariates())
             _fold_bias(state, part)
-    for name in {"library_prior_loc", "library_prior_var"} & state.keys():
-        state[name] = state[name].flatten()
-    if "log_theta" in state and state["log_theta"].ndim == 2:
-        state["log_theta"] = state["log_theta"].T.contiguous()
-    return state
+    return in_rows(state)
 
 
 def _linear_map(theirs: str, ours: str) -> Rules:
@@ -46,7 +42,6 @@ def _linear_map(theirs: str, ours: str) -> Rules:
 
 def _fold_bias(state: dict[str, Tensor], part: str) -> None:
     """Take a constant before batch norm off the mean that batch norm subtracts."""
-    if f"{part}.batch_norm.running_mean" in state and f"{part}.linear.bias" in state:
-        state[f"{part}.batch_norm.running_mean"] = state[f"{part}.batch_norm.running_mean"] - state.pop(
-            f"{part}.linear.bias"
-        )
+    mean, bias = f"{part}.batch_norm.running_mean", f"{part}.linear.bias"
+    if mean in state and bias in state:
+        state[mean] = state[mean] - state.pop(bias)

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from scvi_lite.io.translators.common import Rules, Setup, encoder, hidden, rename, split_one_hot
+from scvi_lite.io.translators.common import Rules, Setup, encoder, hidden, in_rows, rename, split_one_hot
 from scvi_lite.io.translators.peakvi import head
-from scvi_lite.io.translators.totalvi import protein_decoder, split_deep, transposed
+from scvi_lite.io.translators.totalvi import protein_decoder, split_deep
 
 ENCODERS = ("encoder_expression", "library_encoder", "depth_encoder")
 DECODERS = ("decoder", "decoder_accessibility")
@@ -60,7 +60,7 @@ def translate(weights: dict[str, Any], setup: Setup) -> dict[str, Tensor]:
     state = split_deep(state, r"proteins\..*", in_decoder)
     if learned:
         state["weight_logit"] = state["weight_logit"][..., there].contiguous()  # theirs has those of absent ones too
-    return transposed(state, TRANSPOSED)
+    return in_rows(state, TRANSPOSED)
 
 
 def proteins() -> Rules:

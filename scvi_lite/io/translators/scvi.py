@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from scvi_lite.io.translators.common import Rules, Setup, encoder, hidden, rename, split_one_hot
+from scvi_lite.io.translators.common import Rules, Setup, encoder, hidden, in_rows, rename, split_one_hot
 
 
 def translate(
@@ -41,8 +41,4 @@ def translate(
     covariates = {"encoder": in_encoder, "library_encoder": in_encoder, "decoder": setup.covariates()}
     state = split_one_hot(state, covariates, deeply=arguments.get("deeply_inject_covariates", True))
     state = split_one_hot(state, more_covariates or {})
-    for name in {"library_prior_loc", "library_prior_var"} & state.keys():
-        state[name] = state[name].flatten()
-    if "log_theta" in state and state["log_theta"].ndim == 2:
-        state["log_theta"] = state["log_theta"].T.contiguous()
-    return state
+    return in_rows(state)

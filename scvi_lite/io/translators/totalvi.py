@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
 
-from scvi_lite.io.translators.common import Rules, Setup, hidden, rename, split_columns, split_one_hot
+from scvi_lite.io.translators.common import Rules, Setup, hidden, in_rows, rename, split_columns, split_one_hot
 
 TRANSPOSED = ("background_loc", "background_log_scale", "log_efficiency", "log_theta", "protein_log_theta")
 PARTS = {"py_back_decoder": "back", "py_fore_decoder": "fore", "sigmoid_decoder": "mixing"}
@@ -49,9 +48,7 @@ def translate(weights: dict[str, Any], setup: Setup) -> dict[str, Tensor]:
     in_decoder = setup.covariates()
     state = split_one_hot(state, {"encoder": in_encoder, "library_encoder": in_encoder, "decoder": in_decoder})
     state = split_deep(state, r"protein_decoder\..*|decoder\.(scale|dropout)", in_decoder)
-    for name in {"library_prior_loc", "library_prior_var"} & state.keys():
-        state[name] = state[name].flatten()
-    return transposed(state, TRANSPOSED)
+    return in_rows(state, TRANSPOSED)
 
 
 def arguments(given: dict[str, Any]) -> dict[str, Any]:
@@ -78,11 +75,6 @@ def split_deep(state: dict[str, Tensor], layers: str, covariates: list[int]) -> 
     for name in [name for name in state if re.fullmatch(rf"({layers})\.linear\.weight", name)]:
         state = state | split_columns(name.removesuffix(".weight"), state[name], covariates)
     return state
-
-
-def transposed(state: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
-    """With a row for each category, where there it is a column."""
-    return state | {name: state[name].T.contiguous() for name in names if name in state and state[name].ndim == 2}
 
 
 def library_encoder() -> Rules:
