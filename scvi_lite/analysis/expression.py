@@ -153,9 +153,9 @@ def _per_cell(
     """Expected expression of each cell, (n, g) or (s, n, g)."""
     n_genes = model.module.config.n_genes
     several, average = n_samples > 1, n_samples > 1 and return_mean
-    shape = (len(rows), n_genes if genes is None else len(genes))
+    axis = int(several and not average)
+    shape = (*[n_samples] * axis, len(rows), n_genes if genes is None else len(genes))
     size = minibatch_size(batch_size, n_samples * n_genes)
-    shape, axis = ((n_samples, *shape), 1) if several and not average else (shape, 0)
     with writing(out, shape, size, axis) as answer:
         for _, batch in minibatches(model, adata, rows, size, silent):
             q = model.module.encode(batch)

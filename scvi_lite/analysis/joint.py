@@ -72,8 +72,9 @@ def get_likelihood_parameters(
         }
 
     cells = find_cells(model, adata, indices)
-    options = {"n_samples": n_samples, "average": give_mean, "draws_last": True, "batch_size": batch_size}
-    return ask_cells(model, *cells, ask, out=out, **options)
+    return ask_cells(
+        model, *cells, ask, n_samples=n_samples, average=give_mean, draws_last=True, batch_size=batch_size, out=out
+    )
 
 
 def posterior_predictive_sample(
@@ -113,8 +114,9 @@ def posterior_predictive_sample(
         }
 
     cells = find_cells(model, adata, indices)
-    options = {"average": False, "draws_last": True, "batch_size": batch_size, "out": out}
-    return ask_cells(model, *cells, ask, codes, n_samples, **options)
+    return ask_cells(
+        model, *cells, ask, codes, n_samples, average=False, draws_last=True, batch_size=batch_size, out=out
+    )
 
 
 def get_feature_correlation_matrix(
