@@ -16,7 +16,7 @@ from test_ddp import run_on_two_ranks
 
 from scvi_lite.data import organize_multiome_anndatas
 from scvi_lite.model import MULTIVI
-from scvi_lite.nn.multivi import jeffreys, mmd
+from scvi_lite.nn.disagreement import jeffreys, mmd
 from scvi_lite.nn.vae import Posterior
 
 GOLDEN = SHARED / "golden" / "multivi"

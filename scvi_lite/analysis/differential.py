@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scvi_lite.analysis.effects import Change, Draws, Pairs, Vanilla, levels, make_test, surest_first
+from scvi_lite.analysis.by_gene import surest_first
+from scvi_lite.analysis.effects import Change, Draws, Pairs, Vanilla, levels, make_test
 from scvi_lite.analysis.expression import decode_draws
 from scvi_lite.analysis.groups import Comparison, count_statistics, find_comparisons
 from scvi_lite.analysis.importance import OPTIONS, draw_latent

@@ -10,15 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import leaky_relu
 
-from scvi_lite.data.batch import Batch, Counts
+from scvi_lite.data.batch import Batch
 from scvi_lite.nn.accessibility import Accessibility, Head
+from scvi_lite.nn.disagreement import DISTANCES
 from scvi_lite.nn.layers import Encoder, rows
 from scvi_lite.nn.module import Loss
-from scvi_lite.nn.normal import kl_normal
 from scvi_lite.nn.protein import DISPERSIONS, LEARNT, ProteinDecoder, ProteinRates
 from scvi_lite.nn.vae import VAE, CountVAE, Decoder, Posterior, VAEConfig, by_code
 
-WIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the kernels of the MMD, in the units of the prior of z
 NEVER = -1e9  # logit of a modality that a cell lacks
 SMALLEST = 1e-12
 SMALLEST_SHARE = 1e-6  # and 1 minus it the largest: a given depth of 1 has no logit
@@ -41,7 +40,7 @@ class MultiConfig(VAEConfig):
 
     choices = VAEConfig.choices | {
         "modality_weights": ("equal", "universal", "cell"),
-        "modality_penalty": ("Jeffreys", "exact-Jeffreys", "MMD", "None"),
+        "modality_penalty": (*DISTANCES, "None"),
         "protein_dispersion": DISPERSIONS,
     }
     sizes = (*VAEConfig.sizes, "n_layers_decoder")
@@ -126,9 +125,9 @@ class MULTIVIModule(VAE):
     def present(self, batch: Batch) -> dict[str, Tensor]:
         """Which cells have each modality, (n,) bool each."""
         has_n = {
-            "expression": lambda: has(batch.x, batch.has_x_n),
-            "accessibility": lambda: has(batch.peaks, batch.has_peaks_n),
-            "protein": lambda: with_given((batch.proteins_np > 0).any(1), batch.has_proteins_n),
+            "expression": lambda: measured(batch.x.start.diff() > 0, batch.has_x_n),
+            "accessibility": lambda: measured(batch.peaks.start.diff() > 0, batch.has_peaks_n),
+            "protein": lambda: measured((batch.proteins_np > 0).any(1), batch.has_proteins_n),
         }
         return {name: has_n[name]() for name in self.config.modalities}
 
@@ -257,17 +256,11 @@ class MULTIVIModule(VAE):
 
     def penalty(self, parts: Mapping[str, Posterior], batch: Batch) -> Tensor:
         """How far the modalities disagree in cells that have several, summed over pairs of modalities: (n,)."""
-        penalty_n = batch.total_n.new_zeros(batch.n_cells)
-        has_n = self.present(batch)
-        for i, j in combinations(parts, 2):
-            both_n = has_n[i] & has_n[j]
-            if self.config.modality_penalty == "Jeffreys":
-                penalty_n = penalty_n + torch.where(both_n, jeffreys(softened(parts[i]), softened(parts[j])), 0.0)
-            elif self.config.modality_penalty == "exact-Jeffreys":
-                penalty_n = penalty_n + torch.where(both_n, jeffreys(parts[i], parts[j]), 0.0)
-            elif self.config.modality_penalty == "MMD":
-                distance = mmd(parts[i].sample_z(), parts[j].sample_z(), both_n.to(penalty_n.dtype))
-                penalty_n = penalty_n + torch.where(both_n, distance, 0.0)
+        penalty_n, has_n = batch.total_n.new_zeros(batch.n_cells), self.present(batch)
+        if (distance := DISTANCES.get(self.config.modality_penalty)) is not None:
+            for i, j in combinations(parts, 2):
+                both_n = has_n[i] & has_n[j]
+                penalty_n = penalty_n + torch.where(both_n, distance(parts[i], parts[j], both_n), 0.0)
         return penalty_n
 
 
@@ -278,9 +271,7 @@ class Proteins(nn.Module):
         super().__init__()
         c, n_in = module.config, module.config.n_latent + module.n_dense
         back, fore, mixing = (module.make_hidden(c.n_latent, "decoder", c.n_layers_decoder, deeply=True) for _ in "123")
-        self.decoder = ProteinDecoder(
-            back, fore, mixing, c.n_hidden, n_in, c.n_proteins, module.n_cats, positive=torch.exp
-        )
+        self.decoder = ProteinDecoder(back, fore, mixing, c.n_hidden, n_in, c.n_proteins, module.n_cats, torch.exp)
         rows = {"protein": (), "protein-batch": (c.n_batches,), "protein-label": (c.n_labels,)}[c.protein_dispersion]
         self.dispersion = c.protein_dispersion
         self.log_theta = nn.Parameter(2 * torch.rand(*rows, c.n_proteins))
@@ -303,42 +294,6 @@ class Proteins(nn.Module):
         return torch.where(self.measured_bp[batch.batch_n], value_np, 0.0).sum(-1)
 
 
-def has(counts: Counts, given_n: Tensor | None) -> Tensor:
-    """Which cells have data of a kind, (n,) bool: some count, and not a row of zeros for want of data."""
-    return with_given(counts.start.diff() > 0, given_n)
-
-
-def with_given(some_n: Tensor, given_n: Tensor | None) -> Tensor:
-    """Cells with some count, of those that were measured."""
+def measured(some_n: Tensor, given_n: Tensor | None) -> Tensor:
+    """Cells with some count, of those that were measured: others are rows of zeros for want of data."""
     return some_n if given_n is None else some_n & given_n
-
-
-def jeffreys(one: Posterior, other: Posterior) -> Tensor:
-    """Jeffreys divergence of two normals, KL in both directions, (n,)."""
-    there = kl_normal(one.z_loc_nk, one.z_scale_nk, other.z_loc_nk, other.z_scale_nk**2)
-    back = kl_normal(other.z_loc_nk, other.z_scale_nk, one.z_loc_nk, one.z_scale_nk**2)
-    return (there + back).sum(-1)
-
-
-def softened(q: Posterior) -> Posterior:
-    """The normals with the roots of their standard deviations, which are wider where the data say much."""
-    return Posterior(q.z_loc_nk, q.z_scale_nk.sqrt())
-
-
-def mmd(x_nk: Tensor, y_nk: Tensor, weight_n: Tensor) -> Tensor:
-    """Squared maximum mean discrepancy of weighted samples, a scalar (Gretton et al. 2012, JMLR 13).
-
-    The mean over Gaussian kernels of several widths.
-
-    >>> x = torch.zeros(4, 2)
-    >>> mmd(x, x, torch.ones(4))
-    tensor(0.)
-    """
-    weight_n = weight_n / weight_n.sum().clamp(min=1)
-
-    def mean_kernel(a_nk: Tensor, b_nk: Tensor) -> Tensor:
-        squared_nn = (a_nk**2).sum(1)[:, None] + (b_nk**2).sum(1) - 2 * a_nk @ b_nk.t()
-        kernel_nn = sum(torch.exp(-squared_nn.clamp(min=0) / (2 * width**2)) for width in WIDTHS) / len(WIDTHS)
-        return weight_n @ kernel_nn @ weight_n
-
-    return mean_kernel(x_nk, x_nk) + mean_kernel(y_nk, y_nk) - 2 * mean_kernel(x_nk, y_nk)
