@@ -265,3 +265,13 @@ def test_memory_is_bounded():
     tracemalloc.stop()
     assert found.shape == x.shape
     assert peak < 300 * 100_000 * 4 / 2
+
+
+def test_depth_is_read_alike_whatever_the_norms_and_covariates_of_other_networks():
+    adata, *_ = regions_of_two_types(20)
+    adata.obs["batch"] = ["a", "b"] * 10
+    PEAKVI.setup_anndata(adata, batch_key="batch")
+    model = PEAKVI(adata, encode_covariates=True, deeply_inject_covariates=True, use_batch_norm="both")
+    names = [name for name, _ in model.module.depth_encoder.named_parameters()]
+    assert not any("batch_norm" in name for name in names) and sum("tables" in name for name in names) == 1
+    assert any("batch_norm" in name for name, _ in model.module.encoder.named_parameters())

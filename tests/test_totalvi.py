@@ -254,20 +254,24 @@ def test_genes_and_proteins_differ_in_one_table(trained):
     idx = [np.flatnonzero(there & (model.adata.obs["kind"] == kind)) for kind in ("first", "second")]
     table = model.differential_expression(idx1=idx[0], idx2=idx[1], delta=0.5, silent=True)
     assert len(table) == N_GENES + N_PROTEINS and table.index.is_unique
-    up = [f"gene_{i}" for i in range(5)] + [f"protein_{i}" for i in range(4)]
-    down = [f"gene_{i}" for i in range(5, 10)] + [f"protein_{i}" for i in range(4, 8)]
+    up = [f"gene_{i}" for i in range(5)] + [f"protein_{i}_protein" for i in range(4)]
+    down = [f"gene_{i}" for i in range(5, 10)] + [f"protein_{i}_protein" for i in range(4, 8)]
     assert (table.loc[up, "lfc_mean"] > 1).all() and (table.loc[down, "lfc_mean"] < -1).all()
     others = table.index.difference(up + down)
     assert table.loc[up + down, "proba_de"].min() > table.loc[others, "proba_de"].median()
     y = model.adata.obsm["protein"]
-    assert table.loc["protein_0", "raw_mean1"] == pytest.approx(y.iloc[idx[0]]["protein_0"].mean(), rel=1e-5)
+    assert table.loc["protein_0_protein", "raw_mean1"] == pytest.approx(y.iloc[idx[0]]["protein_0"].mean(), rel=1e-5)
     with pytest.raises(TypeError, match="unexpected keyword"):
         model.differential_expression(groupby="kind", protein_prior=1)
     for field, names in (("rna", model.adata.var_names), (["protein"], model.protein_names)):
+        names = names if field == "rna" else [f"{name}_protein" for name in names]
         alone = model.differential_expression(idx1=idx[0], idx2=idx[1], use_field=field, silent=True)
         assert set(alone.index) == set(names)
         np.testing.assert_allclose(alone["raw_mean1"], table.loc[alone.index, "raw_mean1"], rtol=1e-5)
         assert np.corrcoef(alone["lfc_mean"], table.loc[alone.index, "lfc_mean"])[0, 1] > 0.95
+    options = {"use_field": "protein", "scale_protein": True, "protein_prior_count": 0.25, "silent": True}
+    scaled = model.differential_expression(idx1=idx[0], idx2=idx[1], **options)
+    assert scaled["scale1"].sum() == pytest.approx(1 + 0.25 * N_PROTEINS, rel=1e-4)
     with pytest.raises(ValueError, match="use_field='prot' is not an option. Did you mean 'protein'"):
         model.differential_expression(idx1=[0], use_field="prot")
 
@@ -354,13 +358,18 @@ def test_a_batch_without_proteins_is_noted_and_not_scored(caplog):
 
 def test_panels_may_cut_across_batches():
     adata, _, _ = cells_of_two_types(80)
-    adata.obs["panel"] = ["p", "q", "q", "p"] * 20
+    adata.obs["panel"] = ["p", "q", "q", "r"] * 20
     adata.obsm["protein"].loc[adata.obs["panel"] == "q", "protein_0"] = 0
-    model = make(adata, setup={"batch_key": "batch", "panel_key": "panel"})
-    assert model.module.measured_qp[:, 0].tolist() == [True, False] and bool(model.module.measured_qp[:, 1:].all())
-    assert model.module.log_efficiency.shape == (2, N_PROTEINS)
+    setup = {"batch_key": "batch", "panel_key": "panel"}
+    model = make(adata, setup=setup, empirical_protein_background_prior=True)
+    module = model.module
+    assert module.measured_qp[:, 0].tolist() == [True, False, True] and bool(module.measured_qp[:, 1:].all())
+    assert module.log_efficiency.shape == (2, N_PROTEINS)
     (batch,) = model._minibatches(batch_size=80)
-    assert model.module.measured(batch)[:, 0].tolist() == [True, False, False, True] * 20
+    assert module.measured(batch)[:, 0].tolist() == [True, False, False, True] * 20
+    loc_np, _ = module.background_prior(batch)
+    assert torch.equal(loc_np, module.background_loc[[0, 1, 1, 2] * 20])
+    assert len(loc_np[:, 0].unique()) == len(module.background_loc) == 3
     model.train(1, **SILENT)
     assert model.get_normalized_expression()[1].notna().all().all()
 

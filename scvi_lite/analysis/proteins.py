@@ -221,7 +221,8 @@ def differential_expression(
     Parameters
     ----------
     protein_prior_count
-        Added to the proteins, so that fold changes of next to nothing stay small.
+        Added to the proteins, as they are compared, so that fold changes of next to nothing stay small. Where
+        ``scale_protein`` makes them add up to 1, a smaller one is needed.
     scale_protein, sample_protein_mixing, include_protein_background
         As in ``get_normalized_expression``.
     use_field
@@ -236,10 +237,11 @@ def differential_expression(
     Returns
     -------
     pandas.DataFrame
-        One row a gene or protein and comparison, with the columns of every model.
+        One row a gene or protein and comparison, with the columns of every model. A protein is called by its name and
+        ``_protein``, since genes may have the same names.
     """
     check_not_negative(protein_prior_count=protein_prior_count)
-    names_of = {"rna": model._gene_names, "protein": model.protein_names}
+    names_of = {"rna": model._gene_names, "protein": [f"{name}_protein" for name in model.protein_names]}
     asked = names_of if use_field is None else [use_field] if isinstance(use_field, str) else list(use_field)
     for kind in asked:
         check_choice(names_of, use_field=kind)
@@ -250,8 +252,8 @@ def differential_expression(
         values = [expected(model, z, library, batch, code, genes)] if "rna" in kinds else []
         if "protein" in kinds:
             rates = model.module.decode_proteins(z, batch if code is None else batch.with_batch(code))
-            y_np = protein_value(rates, sample_protein_mixing, include_protein_background) + protein_prior_count
-            values.append(y_np / y_np.sum(-1, keepdim=True) if scale_protein else y_np)
+            y_np = protein_value(rates, sample_protein_mixing, include_protein_background, scale_protein)
+            values.append(y_np + protein_prior_count)
         return torch.cat(values, -1)
 
     return differential.differential_expression(

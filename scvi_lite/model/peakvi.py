@@ -16,7 +16,7 @@ from scvi_lite.data.fields import Matrix, columns_of_obs
 from scvi_lite.errors import as_options, check_choice
 from scvi_lite.model import query
 from scvi_lite.model.base import Model, arguments_of
-from scvi_lite.nn.accessibility import Accessibility, Head, default_sizes
+from scvi_lite.nn.accessibility import Accessibility, Head, count_encoder, default_sizes
 from scvi_lite.nn.configure import configure
 from scvi_lite.nn.layers import Encoder
 from scvi_lite.nn.module import Loss
@@ -74,8 +74,7 @@ class PEAKVIModule(VAE):
         hidden = self.make_hidden(c.n_latent, "decoder", c.n_layers_decoder, activation=leaky_relu)
         self.decoder = Head(hidden, c.n_hidden, c.n_genes)
         if c.model_depth:
-            hidden = self.make_hidden(c.n_genes, "encoder", c.n_layers, activation=leaky_relu)
-            self.depth_encoder = Head(hidden, c.n_hidden, 1)
+            self.depth_encoder = count_encoder(self, c.n_genes)
         self.factor_r = nn.Parameter(torch.zeros(c.n_genes)) if c.region_factors else None
 
     def encode(self, batch: Batch) -> Posterior:
@@ -136,7 +135,7 @@ class PEAKVI(Model):
     latent_distribution
         ``"normal"``, or ``"ln"`` for the logistic normal: points on a simplex.
     deeply_inject_covariates
-        Covariates enter each hidden layer, not only the first.
+        Covariates enter each hidden layer of the decoder, not only the first.
     encode_covariates
         Covariates enter the encoder too, each layer of it.
     **absent

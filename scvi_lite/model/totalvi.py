@@ -161,8 +161,9 @@ class TOTALVI(Model):
         config = configure(self.registry, options, TotalConfig, n_proteins=n_proteins, n_panels=n_panels)
         prior = None
         if (n_proteins > MANY_PROTEINS) if empirical is None else empirical:
-            y_np, batch_n = (self.registry.read(self.adata, name) for name in ("proteins_np", "batch_n"))
-            prior = background_prior(y_np, batch_n, config.n_batches)
+            panels = "panel_n" if "panel_n" in self.registry.fields else "batch_n"
+            y_np, panel_n = (self.registry.read(self.adata, name) for name in ("proteins_np", panels))
+            prior = background_prior(y_np, panel_n, n_panels)
         return TOTALVIModule(
             config,
             torch.ones_like(measured_qp) if override else measured_qp,
@@ -263,7 +264,8 @@ class TOTALVI(Model):
         batch_key, labels_key
             Columns of ``adata.obs``: the batch to correct for, and the cell type (for dispersions by label).
         panel_key
-            Column of ``adata.obs`` with the panel of antibodies; the batch by default.
+            Column of ``adata.obs`` with the panel of antibodies, each with a background of its own; the batch by
+            default.
         layer
             Layer that holds the counts of genes; ``adata.X`` by default.
         size_factor_key

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import leaky_relu
 
 from scvi_lite.data.batch import Counts
 from scvi_lite.distributions.bernoulli import bernoulli
@@ -16,6 +17,8 @@ from scvi_lite.nn.layers import Hidden
 
 if TYPE_CHECKING:
     from torch.distributions import Bernoulli
+
+    from scvi_lite.nn.vae import VAE
 
 
 @dataclass
@@ -65,6 +68,17 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor | Counts, codes: Sequence[Tensor] = (), dense_nd: Tensor | None = None) -> Tensor:
         return self.output(self.hidden(x, codes, dense_nd))
+
+
+def count_encoder(module: VAE, n_features: int) -> Head:
+    """From counts to one number for a cell; layer norm, and covariates at the first layer, whatever others have."""
+    c, reads = module.config, module.config.encode_covariates
+    n_in, n_cats = n_features + (module.n_dense if reads else 0), module.n_cats if reads else ()
+    hidden = Hidden(
+        n_in, c.n_hidden, c.n_layers, n_cats,
+        deeply_inject=False, batch_norm=False, layer_norm=True, dropout_rate=0.0, activation=leaky_relu,
+    )  # fmt: skip
+    return Head(hidden, c.n_hidden, 1)
 
 
 def default_sizes(n_hidden: int | None, n_latent: int | None, n_features: int) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 Antibodies bind without their protein too. What a cell shows of protein p is background, of mean b_p, or, where it has
 the protein, foreground, of mean a_p b_p with a_p > 1. The background differs by cell: log b_p is normal, around a prior
-for each protein in each batch.
+for each protein in each batch, or with each panel of antibodies.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from scvi_lite.nn.normal import draw_normal, kl_normal, log_normal
 
 DISPERSIONS = ("protein", "protein-batch", "protein-label")
 LOWEST_RATIO = 1 + 1e-8  # of foreground to background
-CELLS_OF_A_BATCH = 100  # to which a mixture is fitted for the prior
+CELLS_OF_A_PANEL = 100  # to which a mixture is fitted for the prior
 NOT_MEASURED = (0.0, 0.05)  # location and scale of the prior where there are no counts, which nothing is scored with
 LEARNT = (3.0, 1.0)  # where to begin a prior that is not taken from the data
 
@@ -32,7 +32,7 @@ class ProteinRates:
     """What a decoder says about proteins, with optional leading sample dimensions.
 
     A count is background with probability S(mixing), S the sigmoid: negative binomial with mean exp(log_back), or else
-    exp(log_back) · ratio, times the efficiency of the panel of antibodies.
+    exp(log_back) · ratio, times the efficiency of the batch.
     """
 
     back_loc_np: Tensor  #: (..., n, p) mean of the log background
@@ -41,7 +41,7 @@ class ProteinRates:
     ratio_np: Tensor  #: (..., n, p) foreground over background, above 1
     mixing_np: Tensor  #: (..., n, p) logit of a count being background
     log_theta: Tensor  #: (p,) or (n, p) log inverse dispersion
-    log_efficiency: Tensor  #: (n, p) or (p,) of the panel
+    log_efficiency: Tensor  #: (n, p) or (p,) of the batch
 
     @property
     def foreground_probability_np(self) -> Tensor:
@@ -50,12 +50,12 @@ class ProteinRates:
 
     @property
     def back_np(self) -> Tensor:
-        """Mean of the background, at a panel of efficiency 1."""
+        """Mean of the background, at an efficiency of 1."""
         return self.log_back_np.exp()
 
     @property
     def fore_np(self) -> Tensor:
-        """Mean of the foreground, at a panel of efficiency 1."""
+        """Mean of the foreground, at an efficiency of 1."""
         return self.back_np * self.ratio_np
 
     def log_likelihood(self, y_np: Tensor) -> Tensor:
@@ -163,21 +163,21 @@ class ProteinDecoder(nn.Module):
         return rates, mixing_h
 
 
-def background_prior(y_np: np.ndarray, batch_n: np.ndarray, n_batches: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Location and scale of the prior of the log background in each batch, (b,) each, from the data.
+def background_prior(y_np: np.ndarray, panel_n: np.ndarray, n_panels: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Location and scale of the prior of the log background with each panel (or batch), (q,) each, from the data.
 
     In each of some cells the log1p counts of all proteins are two normals, of which the lower is background. The
     location is the mean over these cells, the scale a tenth of their mean scale.
     """
-    loc_b, scale_b = (np.full(n_batches, value) for value in NOT_MEASURED)
+    loc_q, scale_q = (np.full(n_panels, value) for value in NOT_MEASURED)
     rng = np.random.default_rng(seed)
-    for b in range(n_batches):
-        rows = np.flatnonzero((batch_n == b) & (y_np > 0).any(1))
-        rows = rng.permutation(rows)[:CELLS_OF_A_BATCH]
+    for q in range(n_panels):
+        rows = np.flatnonzero((panel_n == q) & (y_np > 0).any(1))
+        rows = rng.permutation(rows)[:CELLS_OF_A_PANEL]
         if len(rows):
             loc_n, scale_n = lower_of_two(np.log1p(y_np[rows].astype(np.float64)))
-            loc_b[b], scale_b[b] = loc_n.mean(), 0.1 * scale_n.mean()
-    return torch.from_numpy(loc_b).float(), torch.from_numpy(scale_b).float()
+            loc_q[q], scale_q[q] = loc_n.mean(), 0.1 * scale_n.mean()
+    return torch.from_numpy(loc_q).float(), torch.from_numpy(scale_q).float()
 
 
 def lower_of_two(x_np: np.ndarray, n_steps: int = 50) -> tuple[np.ndarray, np.ndarray]:

@@ -78,7 +78,7 @@ class TOTALVIModule(CountVAE):
     library_prior
         As for :class:`~scvi_lite.nn.vae.CountVAE`.
     background_prior
-        Location and scale of the log background in each batch, (b,) each, where these are taken from the data.
+        Location and scale of the log background with each panel, (q,) each, where these are taken from the data.
     """
 
     config: TotalConfig
@@ -99,10 +99,10 @@ class TOTALVIModule(CountVAE):
         self.protein_decoder = ProteinDecoder(hidden(), hidden(), hidden(), c.n_hidden, n_in, c.n_proteins, self.n_cats)
         rows = {"protein": (), "protein-batch": (c.n_batches,), "protein-label": (c.n_labels,)}[c.protein_dispersion]
         self.protein_log_theta = nn.Parameter(2 * torch.rand(*rows, c.n_proteins))
-        loc_b, scale_b = background_prior or (torch.full((c.n_batches,), value) for value in LEARNT)
-        self.background_loc = nn.Parameter(loc_b[:, None].repeat(1, c.n_proteins))
-        self.background_log_scale = nn.Parameter(scale_b.log()[:, None].repeat(1, c.n_proteins))
-        self.log_efficiency = nn.Parameter(torch.zeros(c.n_panels, c.n_proteins))
+        loc_q, scale_q = background_prior or (torch.full((c.n_panels,), value) for value in LEARNT)
+        self.background_loc = nn.Parameter(loc_q[:, None].repeat(1, c.n_proteins))
+        self.background_log_scale = nn.Parameter(scale_q.log()[:, None].repeat(1, c.n_proteins))
+        self.log_efficiency = nn.Parameter(torch.zeros(c.n_batches, c.n_proteins))
         self.register_buffer("measured_qp", measured_qp, persistent=False)
 
     def make_decoder(self) -> nn.Module:
@@ -153,7 +153,7 @@ class TOTALVIModule(CountVAE):
 
     def _decode_proteins(self, z: Tensor, batch: Batch) -> tuple[ProteinRates, Tensor]:
         log_theta = by_code(self.protein_log_theta, self.config.protein_dispersion, batch)
-        log_efficiency_np = self.log_efficiency[self.panel(batch)]
+        log_efficiency_np = rows(self.log_efficiency, batch.batch_n)
         return self.protein_decoder(self.to_latent(z), *self.covariates(batch), log_theta, log_efficiency_np)
 
     def panel(self, batch: Batch) -> Tensor:
@@ -184,11 +184,12 @@ class TOTALVIModule(CountVAE):
         return {"reconst_loss_gene": gene_n, "reconst_loss_protein": protein_n}
 
     def background_prior(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Location and scale of the log background in each cell's batch, (n, p) each."""
-        return rows(self.background_loc, batch.batch_n), rows(self.background_log_scale, batch.batch_n).exp()
+        """Location and scale of the log background with each cell's panel, (n, p) each."""
+        panel_n = self.panel(batch)
+        return rows(self.background_loc, panel_n), rows(self.background_log_scale, panel_n).exp()
 
     def kl_given_z(self, z: Tensor, batch: Batch) -> Tensor:
-        """KL of the background, (..., n), and what the priors of the panel's efficiency and of the mixing cost."""
+        """KL of the background, (..., n), and what the priors of the batch's efficiency and of the mixing cost."""
         return self._score(self.decode_proteins(z, batch), batch)[1]
 
     def _score(self, proteins: ProteinRates, batch: Batch) -> tuple[Tensor, Tensor]:

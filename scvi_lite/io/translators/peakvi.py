@@ -22,8 +22,9 @@ def translate(weights: dict[str, Any], setup: Setup) -> dict[str, Tensor]:
     ]
     in_encoder = setup.covariates() if arguments.get("encode_covariates", False) else []
     state = split_one_hot(rename(weights, rules), {"encoder": in_encoder})  # which enter each of its layers
-    others = {"depth_encoder": in_encoder, "decoder": setup.covariates()}
-    return split_one_hot(state, others, deeply=arguments.get("deeply_inject_covariates", False))
+    state = split_one_hot(state, {"depth_encoder": in_encoder}, deeply=False)
+    deeply = arguments.get("deeply_inject_covariates", False)
+    return split_one_hot(state, {"decoder": setup.covariates()}, deeply=deeply)
 
 
 def head(theirs: str, ours: str) -> Rules:
