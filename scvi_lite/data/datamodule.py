@@ -128,6 +128,7 @@ class CellDataModule(pl.LightningDataModule):
             rank=trainer.global_rank,
             deal_to=trainer.world_size if self.shuffle_over == "all" else 1,
             drop_last=self.drop_last,
+            device=self.shards["train"].row_device,
         )
         sampler: TrainingSampler
         if self.n_extra:

@@ -41,7 +41,7 @@ class LazyStore:
         False gives cells without counts, for those who only ask for the rest.
     """
 
-    device = torch.device("cpu")
+    device = row_device = torch.device("cpu")
 
     def __init__(
         self, adata: AnnData | MuData, registry: Registry, row_n: np.ndarray | None = None, with_counts: bool = True

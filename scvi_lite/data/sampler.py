@@ -74,6 +74,8 @@ class TrainingSampler(Sampler[Tensor]):
         Ranks that the rows are dealt out to, anew in each epoch; 1 where they are this rank's own.
     drop_last
         Leave out the rows that do not fill a minibatch; if there is less than one minibatch, it is kept.
+    device
+        Where the minibatches of row numbers lie: moved there once an epoch.
 
     Raises
     ------
@@ -96,11 +98,12 @@ class TrainingSampler(Sampler[Tensor]):
         rank: int = 0,
         deal_to: int = 1,
         drop_last: bool = False,
+        device: torch.device | str = "cpu",
     ):
         if batch_size < 2:
             raise ValueError(f"batch_size={batch_size!r}: training needs minibatches of at least 2 cells.")
         self.n_rows, self.batch_size, self.seed = n_rows, batch_size, seed
-        self.rank, self.deal_to = rank, deal_to
+        self.rank, self.deal_to, self.device = rank, deal_to, device
         n_fewest = n_rows if n_fewest is None else n_fewest
         full, rest = divmod(n_fewest, batch_size)
         self.drop_last = drop_last and full > 0
@@ -125,6 +128,7 @@ class TrainingSampler(Sampler[Tensor]):
         order = torch.randperm(self.n_rows, generator=self._generator(0 if self.deal_to > 1 else self.rank))
         if self.deal_to > 1:
             order = shard(order, self.rank, self.deal_to)
+        order = order.to(self.device)
         first, self.skip = self.skip, 0
         for step in range(first, self.n_steps):
             last = step == self.n_steps - 1 and not self.drop_last

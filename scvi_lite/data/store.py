@@ -11,9 +11,11 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
+from scvi_lite._triton import gpu_kernels
 from scvi_lite.data.batch import Batch, Counts
 from scvi_lite.data.checks import CHUNK, has_fractions
 from scvi_lite.data.fields import Matrix
+from scvi_lite.data.resident import ResidentCounts
 from scvi_lite.data.rows import Rows, canonical, row_sums
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from scvi_lite.data.registry import Registry
 
 ROWS = 1024  # rows copied in one go
+KERNELS = "scvi_lite.data.triton_kernels"
 WIDTHS = (torch.uint8, torch.int16, torch.int32, torch.float32)  # how counts are stored, narrowest first
 
 
@@ -34,6 +37,7 @@ class CompactCSR:
     col: Tensor  #: (m,) int16 or int32, when compact
     value: Tensor  #: (m,) uint8, int16, int32 or float32, when compact: the narrowest that holds the numbers
     n_features: int
+    start_there: Tensor | None = None  #: ``start`` beside the numbers, on a GPU whose kernels read it there
 
     @classmethod
     def from_matrix(cls, matrix: Any) -> CompactCSR:
@@ -96,18 +100,31 @@ class CompactCSR:
 
     def gather(self, row_n: Tensor) -> Counts:
         """The counts of some rows as a minibatch reads them."""
-        if self.col.device.type == "cpu":
+        if self.start_there is None and self.col.device.type == "cpu":
             from scvi_lite.data.kernels import copy_rows
 
             return Counts(*copy_rows(row_n, self.start, self.col, self.value), self.n_features)
+        if self.start_there is not None:
+            return ResidentCounts(
+                len(row_n), self.n_features, lambda: self._dense(row_n), lambda: self._coordinates(row_n)
+            )
+        return self._coordinates(row_n)
+
+    def _dense(self, row_n: Tensor) -> Tensor:
+        parts = self.start_there, self.col, self.value, self.n_features
+        return gpu_kernels(KERNELS).dense_rows(row_n.to(self.col.device, non_blocking=True), *parts)
+
+    def _coordinates(self, row_n: Tensor) -> Counts:
         first_n, start = self._ranges(row_n)
         position_m, row_m = positions(first_n, start, self.col.device)
         col_m, value_m = self.col[position_m].long(), self.value[position_m].float()
-        return Counts(start.to(self.col.device), col_m, value_m, self.n_features, row_m)
+        return Counts(start.to(self.col.device, non_blocking=True), col_m, value_m, self.n_features, row_m)
 
     def to(self, device: torch.device | str) -> CompactCSR:
         """The same rows with their numbers on a device."""
-        return replace(self, col=self.col.to(device), value=self.value.to(device))
+        with_kernels = torch.device(device).type == "cuda" and gpu_kernels(KERNELS) is not None
+        start_there = self.start.to(device) if with_kernels else None
+        return replace(self, col=self.col.to(device), value=self.value.to(device), start_there=start_there)
 
 
 @dataclass
@@ -135,6 +152,11 @@ class CellStore:
         return self.x.col.device
 
     @property
+    def row_device(self) -> torch.device:
+        """Where the numbers of rows are best: the device, if nothing waits there for how many non-zeros they have."""
+        return self.device if all(x.start_there is not None for x in self.counts.values()) else torch.device("cpu")
+
+    @property
     def n_features(self) -> int:
         """Of all kinds of counts together."""
         return sum(counts.n_features for counts in self.counts.values())
@@ -147,7 +169,7 @@ class CellStore:
 
     def __getitem__(self, row_n: Tensor) -> Batch:
         row_n = row_n if self.row_n is None else self.row_n[row_n]
-        on_device = row_n.to(self.device)
+        on_device = row_n.to(self.device, non_blocking=True)
         parts: dict[str, Any] = {name: values.index_select(0, on_device) for name, values in self.cells.items()}
         parts |= {name: x.gather(row_n) for name, x in self.counts.items()}
         return Batch(**parts)
@@ -182,8 +204,8 @@ def positions(first_n: Tensor, start: Tensor, device: torch.device) -> tuple[Ten
     (tensor([7, 2, 3]), tensor([0, 1, 1]))
     """
     m = int(start[-1])  # known on the CPU, so that nothing waits for the device
-    row_m = torch.repeat_interleave(start.diff().to(device), output_size=m)
-    return (first_n - start[:-1]).to(device)[row_m] + torch.arange(m, device=device), row_m
+    row_m = torch.repeat_interleave(start.diff().to(device, non_blocking=True), output_size=m)
+    return (first_n - start[:-1]).to(device, non_blocking=True)[row_m] + torch.arange(m, device=device), row_m
 
 
 def cell_tensors(adata: AnnData | MuData, registry: Registry) -> dict[str, Tensor]:

@@ -130,5 +130,6 @@ class SupervisedSampler(TrainingSampler):
     def __iter__(self) -> Iterator[Tensor]:
         generator = self._generator(self.rank, 1)  # ranks that deal out the same rows draw extra ones of their own
         extra_n = self.supervision.draw(self.label_n, len(self) * self.n_extra, self.world_size, generator)
+        extra_n = extra_n.to(self.device)
         for row_n, some_n in zip(super().__iter__(), extra_n.split(self.n_extra)[self.skip :], strict=True):
             yield torch.cat([row_n, some_n])

@@ -30,8 +30,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from scvi_lite._triton import gpu_kernels
 from scvi_lite.data.batch import Counts, rows_of
 from scvi_lite.distributions.counts import digamma_rise, nb_log_prob, poisson_log_prob, safe_theta
+
+KERNELS = "scvi_lite.distributions.triton_kernels"
 
 
 def zinb(counts: Counts, logit_ng: Tensor, library_n: Tensor | None, log_theta: Tensor, dropout_ng: Tensor) -> Tensor:
@@ -94,6 +97,8 @@ def _score(
         )
     if logit_ng.dim() > 2:
         return _score_draws(parts, counts, logit_ng, library_n, log_theta, dropout_ng)
+    if log_theta is not None and is_triton_for(logit_ng) and (kernels := gpu_kernels(KERNELS)) is not None:
+        return _ScoreDense.apply(kernels, counts.x_ng, logit_ng, library_n, log_theta, dropout_ng)
     dtype = torch.promote_types(logit_ng.dtype, torch.float32)
     inputs = as_inputs(dtype, logit_ng, library_n, log_theta, dropout_ng)
     coordinates = counts.start, counts.col_m, counts.value_m.to(dtype)
@@ -183,6 +188,23 @@ class _Score(torch.autograd.Function):
         return *(None,) * 4, *(d if need else None for d, need in zip(derivatives, needed, strict=True))
 
 
+class _ScoreDense(torch.autograd.Function):
+    """The same by the kernels of a GPU, which read half precision themselves and keep no gradient between."""
+
+    @staticmethod
+    def forward(ctx: Any, kernels: Any, x_ng: Tensor, *inputs: Tensor | None) -> Tensor:
+        inputs = tuple(None if t is None else t.contiguous() for t in inputs)
+        value_n, *sums = kernels.forward(x_ng, *inputs)
+        ctx.kernels = kernels
+        ctx.save_for_backward(x_ng, *inputs, *sums)
+        return value_n
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, up_n: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *ctx.kernels.backward(*ctx.saved_tensors, up_n.contiguous())
+
+
 def as_inputs(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
     """Tensors in the precision of the likelihood, without gradients where none are asked for: a Function cannot see."""
     asked = torch.is_grad_enabled()
@@ -192,6 +214,11 @@ def as_inputs(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None
 def is_compiled_for(logit_ng: Tensor) -> bool:
     """Whether Numba computes what PyTorch computes elsewhere."""
     return not torch.compiler.is_compiling() and logit_ng.device.type == "cpu" and logit_ng.dtype == torch.float32
+
+
+def is_triton_for(logit_ng: Tensor) -> bool:
+    """Whether Triton computes it, where it can."""
+    return not torch.compiler.is_compiling() and logit_ng.is_cuda and logit_ng.dtype != torch.float64
 
 
 def foreseen(value_n: Tensor) -> Tensor:

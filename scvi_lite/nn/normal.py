@@ -20,7 +20,7 @@ def log_normal(x: Tensor, loc: Tensor | float, scale: Tensor | float) -> Tensor:
     >>> log_normal(torch.zeros(1), torch.zeros(1), torch.ones(1))
     tensor([-0.9189])
     """
-    scale = torch.as_tensor(scale, device=x.device, dtype=x.dtype)
+    scale = scale if isinstance(scale, Tensor) else x.new_full((), scale)  # a number copied to a GPU would wait for it
     return -0.5 * ((x - loc) / scale) ** 2 - scale.log() - 0.5 * math.log(2 * math.pi)
 
 
@@ -33,5 +33,5 @@ def kl_normal(loc: Tensor, scale: Tensor, prior_loc: Tensor | float = 0.0, prior
     variance = scale * scale
     if isinstance(prior_loc, float) and isinstance(prior_var, float) and (prior_loc, prior_var) == (0.0, 1.0):
         return 0.5 * (variance + loc * loc - 1) - scale.log()
-    prior_var = torch.as_tensor(prior_var, device=loc.device, dtype=loc.dtype)
+    prior_var = prior_var if isinstance(prior_var, Tensor) else loc.new_full((), prior_var)
     return 0.5 * ((variance + (loc - prior_loc) ** 2) / prior_var - 1 - variance.log() + prior_var.log())

@@ -27,6 +27,7 @@ class _FusedStep:
 
     def __init__(self, optimizer: torch.optim.Optimizer, update: Callable[..., None]):
         self.group, self.update = optimizer.param_groups[0], update
+        self.lr: Tensor | None = None  #: instead of the number, where a graph records the step
         states = [optimizer.state[weight] for weight in self.group["params"]]
         self.turned = [i for i, weight in enumerate(self.group["params"]) if _is_turned(weight)]
         self.means, self.squares = (self._turn([state[name] for state in states]) for name in ("exp_avg", "exp_avg_sq"))
@@ -53,7 +54,7 @@ class _FusedStep:
             self.squares,
             [],
             self.counts,
-            lr=group["lr"],
+            lr=group["lr"] if self.lr is None else self.lr,
             beta1=beta1,
             beta2=beta2,
             weight_decay=group["weight_decay"],

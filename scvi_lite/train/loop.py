@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from scvi_lite.train.adam import Adam, AdamW
 from scvi_lite.train.callbacks import StopTogether
+from scvi_lite.train.graph import GraphedStep, graphed_step
 from scvi_lite.train.progress import Progress
 
 START, END = "on_train_batch_start", "on_train_batch_end"
@@ -29,10 +30,15 @@ class MinibatchLoop(_TrainingEpochLoop):
     the start and the end of a minibatch are listened to, this loop calls these alone; else it is Lightning's.
     """
 
+    first = True
+    graphed: GraphedStep | None = None
+
     def on_run_start(self, data_fetcher: Any) -> None:
         """Before each epoch: see who listens."""
         super().on_run_start(data_fetcher)
         self.is_plain = is_plain(self.trainer)
+        if self.first:
+            self.first, self.graphed = False, graphed_step(self.trainer, self.is_plain)
         self.at_start, self.at_end = (
             [callback for callback in self.trainer.callbacks if is_overridden(hook, callback)] for hook in (START, END)
         )
@@ -48,19 +54,30 @@ class MinibatchLoop(_TrainingEpochLoop):
         row_n, *_ = next(data_fetcher)
         number = self.batch_idx + 1
         progress.is_last_batch = data_fetcher.done
-        batch = trainer.datamodule.transfer_batch_to_device(row_n, trainer.strategy.root_device, 0)
+        graphed = self.graphed if self.graphed is not None and self.graphed.fits(row_n) else None
+        batch = row_n  # of which those who may listen take no notice
+        if not graphed:
+            batch = trainer.datamodule.transfer_batch_to_device(row_n, trainer.strategy.root_device, 0)
         progress.increment_ready()
         for callback in self.at_start:
             callback.on_train_batch_start(trainer, task, batch, number)
         progress.increment_started()
         steps.increment_ready()
-        task.descend(trainer.strategy.training_step(batch, number), trainer.optimizers[0])
+        if graphed:
+            graphed.take(row_n)
+        else:
+            task.descend(trainer.strategy.training_step(batch, number), trainer.optimizers[0])
         steps.increment_completed()
         progress.increment_processed()
         for callback in self.at_end:
             callback.on_train_batch_end(trainer, task, {}, batch, number)
         task.on_train_batch_end({}, batch, number)
         progress.increment_completed()
+
+    def teardown(self) -> None:
+        """After the training, free what a graph holds."""
+        self.graphed = None
+        super().teardown()
 
     def on_advance_end(self, data_fetcher: Any) -> None:
         """After a minibatch: what is due between two, if anything is."""

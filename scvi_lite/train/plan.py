@@ -59,6 +59,9 @@ class Plan:
     compile, compile_kwargs
         Compile the loss with ``torch.compile``, which needs a C++ compiler. On a CPU it takes one to two minutes
         before the first step, and steps are no faster: the likelihood is compiled anyway.
+    cuda_graph
+        Record a step as a CUDA graph and replay it for all minibatches of the same size: on one GPU, where nothing
+        looks into steps. Written without a GPU at hand and not yet run on one.
     """
 
     lr: float = 1e-3
@@ -80,6 +83,7 @@ class Plan:
     lr_min: float = 0.0
     compile: bool = False
     compile_kwargs: Mapping[str, Any] | None = None
+    cuda_graph: bool = False
 
     of_loss: ClassVar[tuple[str, ...]] = ()  #: options that the loss is told, which a model's own plan adds
 

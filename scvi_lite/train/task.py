@@ -110,16 +110,30 @@ class Task(pl.LightningModule):
         self.trainer.train_dataloader.sampler.skip = 0  # steps that the epoch before had behind it when resumed
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.set_schedules()
+        total, n_cells = self.score(batch)
+        self.count_step(n_cells)
+        return total
+
+    def set_schedules(self) -> None:
+        """The weight of the KL terms and the learning rate of the next step."""
         self._set_kl_weight()
         if self.plan.lr_schedule is not None:
             self._set_lr()
+
+    def score(self, batch: Any) -> tuple[Tensor, int]:
+        """What to descend, and its number of cells; its terms are added up. All that a step asks of the device."""
         batch = self._as_computed(batch)
         loss = self.loss(batch, self.kl_weight, **self.plan.loss_options)
         self._add("train", loss)
-        self.steps += 1
         if self.adversary is None or loss.z_nk is None:
-            return loss.total
-        return loss.total + self._adversarial_loss(self.adversary, loss, batch)
+            return loss.total, loss.n_cells
+        return loss.total + self._adversarial_loss(self.adversary, loss, batch), loss.n_cells
+
+    def count_step(self, n_cells: int) -> None:
+        """A step was taken."""
+        self.n_cells["train"] += n_cells
+        self.steps += 1
 
     def _adversarial_loss(self, adversary: Adversary, loss: Loss, batch: Any) -> Tensor:
         plan = self.plan
@@ -135,7 +149,9 @@ class Task(pl.LightningModule):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         if batch.n_cells:
             options = self.plan.loss_options
-            self._add("validation", self.module.loss(self._as_computed(batch), self.kl_weight, **options))
+            loss = self.module.loss(self._as_computed(batch), self.kl_weight, **options)
+            self._add("validation", loss)
+            self.n_cells["validation"] += loss.n_cells
 
     def _as_computed(self, batch: Any) -> Any:
         """In doubles where the network computes in doubles."""
@@ -181,14 +197,16 @@ class Task(pl.LightningModule):
     def _start_sums(self, part: str) -> None:
         dtype = torch.float32 if self.device.type == "mps" else torch.float64  # where doubles exist
         size = 3 + sum(map(math.prod, self.module.extra_shapes.values()))
-        self.sums[part], self.n_cells[part] = torch.zeros(size, dtype=dtype, device=self.device), 0
+        if part not in self.sums:
+            self.sums[part] = torch.zeros(size, dtype=dtype, device=self.device)
+        self.sums[part].zero_()  # in place: a graph of a step adds to this tensor
+        self.n_cells[part] = 0
 
     def _add(self, part: str, loss: Loss) -> None:
         terms = torch.stack([loss.total.detach() * loss.n_cells, loss.reconstruction.detach(), loss.kl_local.detach()])
         if extra_shapes := self.module.extra_shapes:
             terms = torch.cat([terms, *(loss.extra[name].detach().flatten() for name in extra_shapes)])
         self.sums[part] += terms
-        self.n_cells[part] += loss.n_cells
 
     def _reduced(self, part: str) -> Tensor:
         """Sums of the terms, and the number of cells, over all ranks."""
