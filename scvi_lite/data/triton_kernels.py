@@ -28,7 +28,8 @@ def dense_rows(row_n: Tensor, start: Tensor, col: Tensor, value: Tensor, n_featu
     """Some rows of a matrix as float32 (n, g); all of it lies on one GPU, columns and numbers in any type."""
     x_ng = torch.zeros(row_n.shape[0], n_features, device=col.device)
     if row_n.shape[0]:
-        fill_rows[(row_n.shape[0],)](row_n, start, col, value, x_ng, n_features, BLOCK=BLOCK)
+        with torch.cuda.device_of(x_ng):  # Triton launches on the current device
+            fill_rows[(row_n.shape[0],)](row_n, start, col, value, x_ng, n_features, BLOCK=BLOCK)
     return x_ng
 
 

@@ -203,10 +203,11 @@ def forward(
     value_n, norm_n, total_n = (x_ng.new_empty(n) for _ in range(3))
     if n:
         outputs = value_n, norm_n, total_n, g, _stride(log_theta, g)
-        forward_rows[(n,)](
-            x_ng, logit_ng, library_n, log_theta, dropout_ng, *outputs, **_options(library_n, dropout_ng),
-            BLOCK=BLOCK_FORWARD, num_warps=8,
-        )  # fmt: skip
+        with torch.cuda.device_of(x_ng):  # Triton launches on the current device
+            forward_rows[(n,)](
+                x_ng, logit_ng, library_n, log_theta, dropout_ng, *outputs, **_options(library_n, dropout_ng),
+                BLOCK=BLOCK_FORWARD, num_warps=8,
+            )  # fmt: skip
     return value_n, norm_n, total_n
 
 
@@ -230,10 +231,11 @@ def backward(
     dtheta_cg = x_ng.new_empty(n_parts, g) if per_gene else torch.empty_like(log_theta)
     if n:
         outputs = dlogit_ng, dtheta_cg, ddropout_ng, n, g, _stride(log_theta, g), rows
-        backward_block[(triton.cdiv(g, BLOCK_BACKWARD), n_parts)](
-            x_ng, logit_ng, library_n, log_theta, dropout_ng, norm_n, total_n, up_n, *outputs,
-            **_options(library_n, dropout_ng), PER_GENE=per_gene, BLOCK=BLOCK_BACKWARD,
-        )  # fmt: skip
+        with torch.cuda.device_of(x_ng):
+            backward_block[(triton.cdiv(g, BLOCK_BACKWARD), n_parts)](
+                x_ng, logit_ng, library_n, log_theta, dropout_ng, norm_n, total_n, up_n, *outputs,
+                **_options(library_n, dropout_ng), PER_GENE=per_gene, BLOCK=BLOCK_BACKWARD,
+            )  # fmt: skip
     dlibrary_n = None if library_n is None else up_n * total_n
     return dlogit_ng, dlibrary_n, dtheta_cg.sum(0) if per_gene else dtheta_cg, ddropout_ng
 

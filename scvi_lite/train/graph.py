@@ -123,7 +123,8 @@ class GraphedStep:
             self.replay = record(self._work)
         except RuntimeError as error:
             self.failed = True
-            warn(f"cuda_graph=True: a step could not be recorded. Training without. The error: {error}")
+            cause = error.__context__ or error  # what broke the recording off, which then cannot be ended either
+            warn(f"cuda_graph=True: a step could not be recorded. Training without. The error: {cause}")
         finally:
             if fused is not None:
                 fused.lr = None

@@ -262,11 +262,10 @@ class Task(pl.LightningModule):
             self.epoch_history.setdefault(name, {})[self.first_epoch + self.current_epoch] = value
         latest = self._of_this_epoch(["elbo_train", "elbo_validation"])
         self.latest |= {name.removeprefix("elbo_"): value for name, value in latest.items()}
-        values = {name: torch.tensor(value) for name, value in metrics.items()}
         if self.trainer.loggers:  # every rank logs the same number, so the mean that sync_dist takes is that number
-            self.log_dict(values, sync_dist=True)
+            self.log_dict(metrics, sync_dist=True)  # as numbers, which go to the device where the ranks meet
         else:  # for callbacks alone that takes a millisecond each
-            self.trainer.callback_metrics.update(values)
+            self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
 
     def _of_this_epoch(self, names: list[str]) -> dict[str, float]:
         """The metrics that were recorded in this epoch."""
