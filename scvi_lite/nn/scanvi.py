@@ -142,7 +142,7 @@ class SCANVIModule(CountVAE):
         c, keep_nh = self.config, None
         if self.u_encoder.hidden.training and c.dropout_rate:
             keep_nh = layers.dropout(z_nk.new_ones(len(z_nk), c.n_hidden), c.dropout_rate)
-        noise_lnk = torch.randn(c.n_known, *z_nk.shape, dtype=z_nk.dtype)
+        noise_lnk = draw_normal(z_nk.new_zeros(c.n_known, *z_nk.shape), z_nk.new_ones(()))
         draws = z_nk, q.z_loc_nk, q.z_scale_nk, log_prob_nl, self.label_prior.log()
         return label_terms(*draws, self.u_encoder, self.z_decoder, keep_nh, noise_lnk)
 
