@@ -16,7 +16,7 @@ from scipy import sparse
 from scvi_lite._elsewhere import no_attribute
 from scvi_lite._lazy import lazy
 from scvi_lite.analysis.inputs import cell_rows
-from scvi_lite.errors import UnknownKeyError, check_choice, check_whole, unknown
+from scvi_lite.errors import UnknownKeyError, as_options, check_choice, check_whole, unknown
 
 if TYPE_CHECKING:
     from scvi_lite.data.modalities import Data
@@ -45,6 +45,7 @@ class PosteriorPredictiveCheck:
         Rows of the cells to look at, as everywhere; all by default.
     modality
         Which counts to look at, where models draw several kinds: the name of a modality, or ``"rna"`` or ``"protein"``.
+        Features that a model does not draw are left out.
 
     Attributes
     ----------
@@ -57,7 +58,7 @@ class PosteriorPredictiveCheck:
     Raises
     ------
     ValueError, KeyError
-        If the layer or the modality does not exist, or ``n_samples`` is below 1.
+        If the layer or the modality does not exist, there are no cells, or ``n_samples`` is below 1.
 
     Examples
     --------
@@ -82,18 +83,31 @@ class PosteriorPredictiveCheck:
         modality: str | None = None,
     ):
         check_whole(n_samples=n_samples)
+        self.adata, self.models, self.n_samples = adata, as_options("models_dict", models_dict), n_samples
         rows = cell_rows(adata, indices)
-        counted = adata if modality is None or modality not in getattr(adata, "mod", ()) else adata[modality]
-        if count_layer_key is not None and count_layer_key not in counted.layers:
-            raise UnknownKeyError(unknown("count_layer_key", count_layer_key, counted.layers, "a layer", "Layers"))
-        counts = counted.X if count_layer_key is None else counted.layers[count_layer_key]
-        self.adata, self.models, self.n_samples = adata, models_dict, n_samples
-        self.raw_counts = sparse.csr_array(counts[rows], dtype=np.float64)
-        self.samples = {
-            name: [_draw(model, adata, rows, modality) for _ in range(n_samples)] for name, model in models_dict.items()
-        }
+        if not len(rows):
+            raise ValueError("indices: there are no cells to look at.")
+        x, names = self._observed(count_layer_key, modality)
+        drawn = {name: _draw(model, adata, rows, modality, n_samples) for name, model in self.models.items()}
+        kept = names
+        for of_model, _ in drawn.values():
+            kept = kept[kept.isin(of_model)]
+        self.raw_counts = _columns(sparse.csr_array(x[rows], dtype=np.float64), names, kept)
+        self.samples = {name: [_columns(x, of_model, kept) for x in draws] for name, (of_model, draws) in drawn.items()}
         self.metrics: dict[str, pd.DataFrame] = {}
-        self._names = {"cells": counted.obs_names[rows], "features": counted.var_names}
+        self._names = {"cells": adata.obs_names[rows], "features": kept}
+
+    def _observed(self, layer: str | None, modality: str | None) -> tuple[Any, pd.Index]:
+        """The counts of all cells, and the names of their features."""
+        counted = self.adata[modality] if modality in getattr(self.adata, "mod", ()) else self.adata
+        if layer is not None and layer not in counted.layers:
+            raise UnknownKeyError(unknown("count_layer_key", layer, counted.layers, "a layer", "Layers"))
+        with_proteins = [m for m in self.models.values() if counted is self.adata and modality == "protein"]
+        if not with_proteins or "proteins_np" not in (model := with_proteins[0]).registry.fields:
+            return counted.X if layer is None else counted.layers[layer], counted.var_names
+        if layer is not None:
+            raise ValueError(f"count_layer_key={layer!r}: the proteins are not in a layer, but where the setup says.")
+        return model.registry.read(model._check(self.adata), "proteins_np"), pd.Index(model.protein_names)
 
     def coefficient_of_variation(self, dim: str = "cells") -> None:
         """Standard deviation by mean, over the ``"cells"`` for each gene, or over the ``"features"`` for each cell.
@@ -172,9 +186,23 @@ class PosteriorPredictiveCheck:
         raise no_attribute(self, name)
 
 
-def _draw(model: Model, adata: Data, rows: np.ndarray, modality: str | None) -> sparse.csr_array:
-    drawn: Any = model.posterior_predictive_sample(adata, rows)
-    if isinstance(drawn, dict):
-        check_choice(drawn, "what this model draws", "Modalities", modality=modality)
-        drawn = drawn[modality]
-    return sparse.csr_array(drawn, dtype=np.float64)
+def _draw(
+    model: Model, adata: Data, rows: np.ndarray, modality: str | None, n_samples: int
+) -> tuple[pd.Index, list[sparse.csr_array]]:
+    """The features of a model, in its order, which need not be that of the data, and its draws."""
+    data, draws = model._check(adata), []
+    for _ in range(n_samples):
+        drawn: Any = model.posterior_predictive_sample(data, rows)
+        if isinstance(drawn, dict):
+            check_choice(drawn, "what this model draws", "Modalities", modality=modality)
+            drawn = drawn[modality]
+        draws.append(sparse.csr_array(drawn, dtype=np.float64))
+    if modality in getattr(data, "mod", ()):
+        names = data[modality].var_names
+    else:
+        names = pd.Index(model.protein_names) if modality == "protein" else data.var_names
+    return names, draws
+
+
+def _columns(x_ng: sparse.csr_array, names: pd.Index, kept: pd.Index) -> sparse.csr_array:
+    return x_ng if names.equals(kept) else x_ng[:, names.get_indexer(kept)]

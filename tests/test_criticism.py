@@ -3,6 +3,7 @@
 import anndata
 import numpy as np
 import pytest
+import torch
 from scipy import sparse
 
 import scvi_lite
@@ -17,6 +18,9 @@ class Drawing:
 
     def __init__(self, mean_ng):
         self.mean_ng, self.rng = mean_ng, np.random.default_rng(1)
+
+    def _check(self, adata):
+        return adata
 
     def posterior_predictive_sample(self, adata, indices):
         return sparse.csr_array(self.rng.poisson(self.mean_ng[indices]))
@@ -89,3 +93,42 @@ def test_some_cells_of_a_layer_of_a_model():
         PosteriorPredictiveCheck(adata, models, "count")
     with pytest.raises(AttributeError, match="rank_genes_groups"):
         check.differential_expression("labels")
+
+
+@pytest.mark.filterwarnings("ignore:.*not trained", "ignore:The genes of adata are in another order")
+def test_genes_are_compared_by_name():
+    """Data in another order than the model's, with a gene more, are compared gene by gene."""
+    adata = scvi_lite.data.synthetic_iid(batch_size=40, n_genes=5, n_proteins=0, n_regions=0)
+    scvi_lite.model.SCVI.setup_anndata(adata)
+    model = scvi_lite.model.SCVI(adata, n_hidden=8)
+    with torch.no_grad():  # gene_0 takes it all
+        model.module.decoder.scale.bias.copy_(torch.tensor([9.0, 0, 0, 0, 0]))
+    more = anndata.AnnData(adata.X[:, [2, 1, 0, 3, 4, 4]], adata.obs)
+    more.var_names = ["gene_2", "gene_1", "gene_0", "gene_3", "gene_4", "other"]
+    check = PosteriorPredictiveCheck(more, {"model": model}, n_samples=2)
+    check.zero_fraction()
+    frame = check.metrics["zero_fraction"]
+    assert list(frame.index) == list(more.var_names[:5]) and frame["model"].idxmin() == "gene_0"
+    np.testing.assert_array_equal(check.raw_counts.toarray(), np.asarray(more.X[:, :5]))
+
+
+@pytest.mark.filterwarnings("ignore:.*not trained")
+def test_proteins_beside_genes():
+    adata = scvi_lite.data.synthetic_iid(batch_size=20, n_genes=6, n_proteins=3, n_regions=0)
+    scvi_lite.model.TOTALVI.setup_anndata(adata, "protein_expression")
+    models = {"TOTALVI": scvi_lite.model.TOTALVI(adata, n_hidden=8)}
+    check = PosteriorPredictiveCheck(adata, models, n_samples=2, modality="protein")
+    check.zero_fraction()
+    assert check.metrics["zero_fraction"].index.tolist() == models["TOTALVI"].protein_names
+    np.testing.assert_array_equal(check.raw_counts.toarray(), np.asarray(adata.obsm["protein_expression"]))
+    adata.layers["counts"] = adata.X
+    with pytest.raises(ValueError, match="count_layer_key='counts': the proteins"):
+        PosteriorPredictiveCheck(adata, models, "counts", modality="protein")
+
+
+def test_what_cannot_be_compared():
+    adata = scvi_lite.data.synthetic_iid(batch_size=20, n_genes=6)
+    with pytest.raises(ValueError, match="no cells"):
+        PosteriorPredictiveCheck(adata, {}, indices=[])
+    with pytest.raises(TypeError, match="models_dict=3: a dictionary"):
+        PosteriorPredictiveCheck(adata, 3)

@@ -100,6 +100,11 @@ def test_layer_of_a_file(made):
     with h5py.File("denoised.h5ad", "r+") as file:
         made["SCVI"].get_normalized_expression(out=file["X"])
     np.testing.assert_allclose(anndata.read_h5ad("denoised.h5ad").X.sum(1), 1, rtol=1e-5)
+    anndata.AnnData(sp.csr_matrix(adata.shape, dtype=np.float32)).write_h5ad("sparse.h5ad")
+    backed = anndata.read_h5ad("sparse.h5ad", backed="r+")
+    with pytest.raises(ValueError, match="Dataset of float32: an array of floating-point numbers"):
+        made["SCVI"].get_normalized_expression(out=backed.X)
+    backed.file.close()
 
 
 @pytest.mark.parametrize(
@@ -110,6 +115,7 @@ def test_layer_of_a_file(made):
         (np.empty((20, 100), np.float32), ValueError, r"shape \(20, 100\); the answer has \(100, 20\)"),
         (np.empty((100, 20), int), ValueError, r"ndarray of int64: .* Write out=np.empty\(\(100, 20\), 'float32'\)"),
         (sp.random(100, 20, 0.1), ValueError, "an array of floating-point numbers"),
+        ("expression", ValueError, "out='expression': the ending='' is not"),
         ([1.0], ValueError, "out is a list"),
         (np.broadcast_to(np.zeros(1), (100, 20)), ValueError, "cannot be written to"),
     ],
@@ -127,6 +133,9 @@ def test_refused_forms(made, monkeypatch):
         made["TOTALVI"].get_normalized_expression(out="rna.npy")
     with pytest.raises(TypeError, match="Did you mean 'rna'"):
         made["TOTALVI"].posterior_predictive_sample(out={"rma": "rna.npy"})
+    for out in (("one.npy", Path("one.npy")), [np.zeros((100, 20))] * 2):
+        with pytest.raises(ValueError, match="'rna' and 'protein' have the same place"):
+            made["TOTALVI"].get_normalized_expression(out=out)
     with pytest.raises(ValueError, match="threshold and out"):
         made["PEAKVI"].get_normalized_accessibility(threshold=0.5, out="regions.npy")
     monkeypatch.setattr("shutil.disk_usage", lambda place: type("Usage", (), {"free": 1000}))

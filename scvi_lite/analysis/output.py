@@ -139,6 +139,7 @@ def collect(
     """Arrays by name, of what is said of the cells of each minibatch: (n, f), (s, n, f), or (n, f, s)."""
     answers: dict[str, Answer] = {}
     places = as_options("out", out)
+    _check_apart(places)
     with ExitStack() as opened:
         for values in blocks:
             check_options("out", places, values)
@@ -177,11 +178,13 @@ def sparse_rows(blocks: Iterable[Tensor], n_features: int) -> csr_matrix:
     from scipy import sparse
 
     values, columns, sizes = [np.zeros(0, np.float32)], [np.zeros(0, np.int32)], [np.zeros(1, np.int64)]
-    for value_nf in blocks:
-        at = value_nf.nonzero(as_tuple=True)
-        values.append(value_nf[at].float().cpu().numpy())
-        columns.append(at[1].int().cpu().numpy())
-        sizes.append(torch.bincount(at[0], minlength=len(value_nf)).cpu().numpy())
+    for block_nf in blocks:
+        value_nf = block_nf.float().cpu().numpy()
+        # By NumPy: PyTorch's small arrays, which are kept, lie between large ones, which then stay, too.
+        row_m, column_m = value_nf.nonzero()
+        values.append(value_nf[row_m, column_m])
+        columns.append(column_m.astype(np.int32))
+        sizes.append(np.bincount(row_m, minlength=len(value_nf)))
     start = np.concatenate(sizes).cumsum()
     value_m = np.concatenate(values)
     values.clear()  # before the columns are joined
@@ -198,10 +201,8 @@ def _zarr() -> Any:
 
 def _fitting(out: Any, shape: Sequence[int]) -> Any:
     """An array of the user's; refused where the answer does not fit into it."""
-    from scipy.sparse import issparse
-
-    dtype = getattr(out, "dtype", None)
-    if getattr(out, "shape", None) is None or getattr(dtype, "kind", None) != "f" or issparse(out):
+    dtype, is_sparse = getattr(out, "dtype", None), isinstance(getattr(out, "format", None), str)  # in memory or backed
+    if getattr(out, "shape", None) is None or getattr(dtype, "kind", None) != "f" or is_sparse:
         found = f"a {type(out).__name__}" + ("" if dtype is None else f" of {dtype}")
         raise ValueError(
             f"out is {found}: an array of floating-point numbers of NumPy, h5py or zarr is needed, or a path that ends "
@@ -218,10 +219,19 @@ def _free(out: str | os.PathLike) -> Path:
     """A path that nothing has, with an ending that is known."""
     path = Path(out).expanduser()
     if path.suffix not in SUFFIXES:
-        raise ValueError(unknown("the ending of out", path.suffix, SUFFIXES))
+        raise ValueError(unknown(f"out='{out}': the ending", path.suffix, SUFFIXES))
     if path.exists():
         raise NameTakenError(f"out='{out}' exists: remove it, or give another name.")
     return path
+
+
+def _check_apart(places: Mapping[str, Out]) -> None:
+    """Refuse one place for two answers, of which the later would take the earlier's."""
+    taken: dict[Any, str] = {}
+    for name, out in places.items():
+        place = os.path.abspath(out) if isinstance(out, str | os.PathLike) else id(out)
+        if out is not None and (first := taken.setdefault(place, name)) != name:
+            raise ValueError(f"out: {first!r} and {name!r} have the same place; each needs its own.")
 
 
 def _check_room(path: Path, n_bytes: int) -> None:
