@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from difflib import get_close_matches
 from numbers import Integral, Real
 from pathlib import Path
@@ -186,7 +186,7 @@ def check_choice(choices: Iterable[object], what: str = "an option", title: str 
     >>> check_choice(("vanilla", "change"), mode="change")
     """
     for name, value in given.items():
-        if value not in choices:
+        if not isinstance(value, Hashable) or value not in choices:
             raise ValueError(unknown(name, value, choices, what, title))
 
 

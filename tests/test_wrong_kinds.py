@@ -88,6 +88,10 @@ def test_paths(model, path):
         ({"datasplitter_kwargs": ["drop_last"]}, r"datasplitter_kwargs=\['drop_last'\]: a dictionary"),
         ({"shuffle_set_split": "no"}, "shuffle_set_split='no': True or False"),
         ({"plan_kwargs": {"update_only_decoder": True}}, r"has no option 'update_only_decoder': freeze"),
+        ({"plan_kwargs": {"cuda_graph": "yes"}}, "cuda_graph='yes': True or False"),
+        ({"plan_kwargs": {"eps": "a"}}, "eps='a': a positive number"),
+        ({"plan_kwargs": {"n_epochs_kl_warmup": "a"}}, "n_epochs_kl_warmup='a': a number"),
+        ({"plan_kwargs": {"optimizer": np.ones(2)}}, "optimizer=array"),
         ({"plan_config": 3}, "plan_config=3: a dictionary"),
         ({"plan_config": {"learn_rate": 1}}, "plan_kwargs has no option 'learn_rate'"),
         ({"trainer_config": {"precison": 64}}, "Did you mean 'precision'"),
@@ -310,3 +314,14 @@ def test_training_goes_on_with_counts_that_were_kept_beside_posteriors():
 def test_what_is_no_table_of_genes(table, what):
     with pytest.raises(TypeError, match=f"de_table {what}: a table that differential_expression"):
         scvi_lite.plot.volcano(table)
+
+
+def test_switches_and_sizes_of_constructors():
+    adata = scvi_lite.data.synthetic_iid(batch_size=20, n_genes=5, n_proteins=3)
+    scvi_lite.model.TOTALVI.setup_anndata(adata, "protein_expression")
+    for name in ("empirical_protein_background_prior", "override_missing_proteins"):
+        with pytest.raises(ValueError, match=f"{name}='no': True or False"):
+            scvi_lite.model.TOTALVI(adata, **{name: "no"})
+    scvi_lite.model.PEAKVI.setup_anndata(adata)
+    with pytest.raises(ValueError, match="n_hidden=-1: a whole number"):
+        scvi_lite.model.PEAKVI(adata, n_hidden=-1)

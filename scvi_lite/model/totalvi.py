@@ -12,7 +12,7 @@ from scvi_lite.analysis import abundance, importance, joint, latent, likelihood,
 from scvi_lite.data.fields import Categorical, Field, Matrix, columns_of_obs
 from scvi_lite.data.modalities import read_modalities
 from scvi_lite.data.proteins import Proteins
-from scvi_lite.errors import as_options, check_not_negative
+from scvi_lite.errors import as_options, check_flag, check_not_negative
 from scvi_lite.model import query
 from scvi_lite.model.base import Model, arguments_of
 from scvi_lite.nn.classifier import Adversary
@@ -156,6 +156,9 @@ class TOTALVI(Model):
                 options[name] = options.pop(theirs)
         empirical = options.pop("empirical_protein_background_prior", None)
         override = options.pop("override_missing_proteins", False)
+        check_flag(
+            override_missing_proteins=override, empirical_protein_background_prior=empirical is None or empirical
+        )
         measured_qp = torch.tensor(self.registry.fields["proteins_np"]["measured"])
         n_panels, n_proteins = measured_qp.shape
         config = configure(self.registry, options, TotalConfig, n_proteins=n_proteins, n_panels=n_panels)

@@ -88,4 +88,4 @@ def default_sizes(n_hidden: int | None, n_latent: int | None, n_features: int) -
     ((100, 10), (64, 8))
     """
     n_hidden = max(1, isqrt(n_features)) if n_hidden is None else n_hidden
-    return n_hidden, max(1, isqrt(n_hidden)) if n_latent is None and isinstance(n_hidden, int) else n_latent
+    return n_hidden, max(1, isqrt(max(0, n_hidden))) if n_latent is None and isinstance(n_hidden, int) else n_latent

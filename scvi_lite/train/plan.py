@@ -11,7 +11,9 @@ from typing import Any, ClassVar
 from scvi_lite.errors import (
     as_options,
     check_choice,
+    check_flag,
     check_not_negative,
+    check_number,
     check_options,
     without_absent,
     without_needless,
@@ -88,6 +90,9 @@ class Plan:
     of_loss: ClassVar[tuple[str, ...]] = ()  #: options that the loss is told, which a model's own plan adds
 
     def __post_init__(self) -> None:
+        flags = ("scale_lr", "reduce_lr_on_plateau", "compile", "cuda_graph")
+        check_flag(**{name: getattr(self, name) for name in flags})
+        check_number(n_epochs_kl_warmup=self.n_epochs_kl_warmup, n_steps_kl_warmup=self.n_steps_kl_warmup)
         check_choice(("Adam", "AdamW", "Custom"), optimizer=self.optimizer)
         if (self.optimizer == "Custom") != (self.optimizer_creator is not None):
             raise ValueError("optimizer='Custom' and optimizer_creator belong together: give both, or neither.")
@@ -100,13 +105,13 @@ class Plan:
                     f"lr_schedule={self.lr_schedule!r} sets the learning rate of each step: give lr_schedule=None, "
                     "or leave out optimizer='Custom' and give reduce_lr_on_plateau=False."
                 )
-        if not self.eps > 0:
+        if not (isinstance(self.eps, Real) and self.eps > 0):
             raise ValueError(f"eps={self.eps!r}: a positive number is needed.")
         not_negative = ("lr", "weight_decay", "min_kl_weight", "max_kl_weight", "lr_patience", "lr_threshold", "lr_min")
         check_not_negative(**{name: getattr(self, name) for name in not_negative})
         if self.min_kl_weight > self.max_kl_weight:
             raise ValueError(f"min_kl_weight={self.min_kl_weight} is above max_kl_weight={self.max_kl_weight}.")
-        if not 0 < self.lr_factor < 1:
+        if not (isinstance(self.lr_factor, Real) and 0 < self.lr_factor < 1):
             raise ValueError(f"lr_factor={self.lr_factor!r}: a number in (0, 1) is needed.")
 
     @property
