@@ -483,7 +483,7 @@ def test_a_mudata_gives_the_same_model():
     assert torch.equal(one.proteins_np, two.proteins_np) and torch.equal(one.x.x_ng, two.x.x_ng)
     assert other.get_var_names()["protein"] == model.protein_names == other.protein_names
     assert set(other.differential_expression(groupby="kind", silent=True).index) == {*adata.var_names} | {
-        *model.protein_names
+        f"{name}_protein" for name in model.protein_names
     }
 
 
