@@ -376,6 +376,10 @@ def test_bad_input():
         MULTIVI(mdata, n_genes=27)
     with pytest.raises(ValueError, match="modality_weights='same'"):
         MULTIVI(mdata, modality_weights="same")
+    for option in ({"n_genes": "20"}, {"n_layers_encoder": 0}, {"fully_paired": "yes"}):
+        ((name, value),) = option.items()
+        with pytest.raises(ValueError, match=f"{name}={value!r}"):
+            MULTIVI(mdata, **option)
     both = anndata.concat([rna, atac], axis=1)
     MULTIVI.setup_anndata(both)
     with pytest.raises(ValueError, match="Which variables are genes"):

@@ -239,6 +239,7 @@ def test_regions_and_cells_without_counts(caplog):
     [
         ({"n_hidden": 0}, "n_hidden=0"),
         ({"n_layers_decoder": 0}, "n_layers_decoder=0"),
+        ({"n_layers_encoder": 0}, "n_layers_encoder=0"),
         ({"model_depth": "yes"}, "model_depth='yes'"),
         ({"use_layer_norm": "all"}, "use_layer_norm='all'"),
     ],

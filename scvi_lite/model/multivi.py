@@ -18,7 +18,7 @@ from scvi_lite.data.modalities import read_modalities
 from scvi_lite.data.proteins import Proteins
 from scvi_lite.data.regions import count_genes, depth_field, first_columns, two_matrices, with_regions
 from scvi_lite.data.registry import Registry
-from scvi_lite.errors import warn, without_absent, without_needless
+from scvi_lite.errors import check_flag, check_whole, warn, without_absent, without_needless
 from scvi_lite.model import query
 from scvi_lite.model.base import ABSENT, Model, arguments_of
 from scvi_lite.nn.accessibility import default_sizes
@@ -158,6 +158,10 @@ class MULTIVI(Model):
         super().__init__(adata, given | without_absent("MULTIVI", absent, ABSENT, given))
 
     def _build(self, adata: Data, registry: Registry, arguments: dict[str, Any]) -> None:
+        check_whole(n_layers_encoder=arguments["n_layers_encoder"])
+        sizes = {name: arguments[name] for name in ("n_genes", "n_regions")}
+        check_whole(least=0, **{name: size for name, size in sizes.items() if size is not None})
+        check_flag(fully_paired=arguments["fully_paired"])
         if "peaks" not in registry.fields:
             registry = with_regions(registry, count_genes(adata, arguments["n_genes"], arguments["n_regions"]))
         for name, field in (("n_genes", "x"), ("n_regions", "peaks")):

@@ -13,7 +13,7 @@ from torch.nn.functional import leaky_relu
 from scvi_lite.analysis import abundance, accessibility, latent, likelihood
 from scvi_lite.data.batch import Batch
 from scvi_lite.data.fields import Matrix, columns_of_obs
-from scvi_lite.errors import as_options, check_choice
+from scvi_lite.errors import as_options, check_choice, check_whole
 from scvi_lite.model import query
 from scvi_lite.model.base import Model, arguments_of
 from scvi_lite.nn.accessibility import Accessibility, Head, count_encoder, default_sizes
@@ -205,6 +205,7 @@ class PEAKVI(Model):
         super().__init__(adata, given | absent, given)
 
     def _make_module(self, arguments: dict[str, Any]) -> PEAKVIModule:
+        check_whole(n_layers_encoder=arguments["n_layers_encoder"])
         options = dict(arguments)
         options["n_layers"] = options.pop("n_layers_encoder")
         sizes = default_sizes(options["n_hidden"], options["n_latent"], self.registry.n_features)
