@@ -30,6 +30,14 @@ def seeded():
 
 
 @pytest.fixture(autouse=True)
+def as_many_threads_as_before():
+    """Numba's OpenMP, which notebooks and UMAP start, takes all processors for PyTorch, too; tests share them."""
+    n_threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(n_threads)
+
+
+@pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
     """What a test writes by accident does not land in the checkout."""
     monkeypatch.chdir(tmp_path)

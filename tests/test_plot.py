@@ -4,6 +4,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from anndata import AnnData
 from matplotlib.colors import to_hex
 
@@ -88,6 +89,12 @@ def test_umap_keeps_groups_apart_and_is_repeatable(cells):
     assert np.linalg.norm(centre[0] - centre[1]) > 3 * spread
     plot.umap(cells)
     assert np.array_equal(first, cells.obsm["X_umap"])
+
+
+def test_umap_leaves_the_threads_of_pytorch_as_they_are(cells):
+    torch.set_num_threads(3)
+    plot.umap(cells)
+    assert torch.get_num_threads() == 3
 
 
 def test_umap_colours_lie_on_their_cells(cells):

@@ -92,13 +92,16 @@ def _values_of(adata: AnnData, name: str) -> pd.Series:
 def _layout(z_nk: np.ndarray, n_neighbors: int, seed: int) -> np.ndarray:
     """UMAP positions (n, 2), by way of scanpy."""
     import scanpy
+    import torch
     from anndata import AnnData
 
     cells = AnnData(obs=pd.DataFrame(index=[str(i) for i in range(len(z_nk))]), obsm={"z": z_nk})
+    n_threads = torch.get_num_threads()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the libraries behind it: threads, deprecations
         scanpy.pp.neighbors(cells, use_rep="z", n_neighbors=min(n_neighbors, len(z_nk) - 1), random_state=seed)
         scanpy.tl.umap(cells, random_state=seed)
+    torch.set_num_threads(n_threads)  # Numba's OpenMP takes all processors for PyTorch, too, which was told otherwise
     return cells.obsm["X_umap"]
 
 
