@@ -26,6 +26,8 @@ from lightning.pytorch.callbacks import Callback
 import scvi_lite
 from scvi_lite.model import SCVI
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background has it ignored
+
 class At(Callback):
     def __init__(self, **actions): self.actions = actions
     def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx):
