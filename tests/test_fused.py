@@ -355,3 +355,15 @@ def test_draws_are_scored_together_as_one_by_one(likelihood, theta_shape):
         rates.logit_ng.requires_grad_()
         rates.log_likelihood(counts).sum().backward()
         assert rates.logit_ng.grad.isfinite().all()
+
+
+def test_large_counts_lose_no_digits():
+    """Numbers of the size of a count cancel: in single floats the derivative of a large one is wrong by 4e-4."""
+    counts = Counts.from_dense(torch.tensor([[1e5, 3.0, 0.0]]))
+    gradients = []
+    for dtype in (torch.float32, torch.float64):
+        logit_ng = torch.tensor([[9.0, 1.0, 0.0]], dtype=dtype, requires_grad=True)
+        log_theta = torch.tensor([-5.6, 0.1, 0.2], dtype=dtype, requires_grad=True)
+        fused.nb(counts, logit_ng, None, log_theta).sum().backward()
+        gradients.append((logit_ng.grad.double(), log_theta.grad.double()))
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)

@@ -245,7 +245,7 @@ def nonzeros_row(
         nb_small(x_k, work)
         for k in large_k[:n_large]:
             log_mu = logit_ng[i, U(col_k[k])] + shift
-            nb, dmu_k[k], dtheta_k[k] = nb_any(float(x_k[k]), log_mu, float(log_theta_tg[t, U(col_k[k])]))
+            nb, dmu_k[k], dtheta_k[k] = nb_any(x_k[k], log_mu, log_theta_tg[t, U(col_k[k])])
             value, value_k[k] = value + nb, F(0)
     value += summed(value_k)
     if dmu_ng is not None:
@@ -283,6 +283,7 @@ def nb_any(x, log_mu, log_theta):
 
     In doubles: large numbers cancel one another.
     """
+    x, log_mu, log_theta = np.float64(x), np.float64(log_mu), np.float64(log_theta)  # float() leaves a single float
     theta, d = math.exp(log_theta), log_mu - log_theta
     q = math.exp(-abs(d))
     s = max(d, 0.0) + math.log1p(q)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
@@ -63,8 +64,8 @@ def _score(
         for j in range(y.shape[1]):
             if not measured[i, j]:
                 continue
-            x, theta, pi = float(y[i, j]), float(log_theta[i, j]), float(mixing[i, j])
-            log_mu = float(log_back[i, j]) + float(log_efficiency[i, j])
+            x, theta, pi = np.float64(y[i, j]), np.float64(log_theta[i, j]), np.float64(mixing[i, j])
+            log_mu = np.float64(log_back[i, j]) + np.float64(log_efficiency[i, j])
             back, dback, dback_theta = nb_any(x, log_mu, theta)
             fore, dfore, dfore_theta = nb_any(x, log_mu + math.log(ratio[i, j]), theta)
             back, fore = back - _softplus(-pi), fore - _softplus(pi)
@@ -74,8 +75,8 @@ def _score(
             d[1, i, j] = (1 - w) * dfore / ratio[i, j]
             d[2, i, j] = w - 1 / (1 + math.exp(-pi))
             d[3, i, j] = w * dback_theta + (1 - w) * dfore_theta
-            rate, s = 1 / float(prior_scale[i, j]), float(scale[i, j])
-            gap = (float(loc[i, j]) - prior_loc[i, j]) * rate
+            rate, s = 1 / np.float64(prior_scale[i, j]), np.float64(scale[i, j])
+            gap = (np.float64(loc[i, j]) - prior_loc[i, j]) * rate
             square = (s * rate) ** 2 + gap * gap
             kl += (square - 1) / 2 - math.log(s * rate)
             dkl[0, i, j], dkl[1, i, j] = gap * rate, s * rate * rate - 1 / s
