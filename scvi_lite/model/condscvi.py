@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scvi_lite.analysis import abundance, cell_types, differential, expression, latent, likelihood, predictive
+from scvi_lite.analysis import cell_types
 from scvi_lite.analysis.inputs import draw
 from scvi_lite.data.disk import LazyStore
 from scvi_lite.data.fields import Matrix, columns_of_obs
 from scvi_lite.data.labels import Labels
 from scvi_lite.errors import check_flag, check_not_negative, listing, warn
-from scvi_lite.model.base import Model, arguments_of
+from scvi_lite.model.base import arguments_of
+from scvi_lite.model.questions import ExpressionModel
 from scvi_lite.nn.conditional import CondConfig, CondSCVIModule
 from scvi_lite.nn.configure import configure
 from scvi_lite.train.plan import Plan
@@ -51,7 +52,7 @@ class CondPlan(Plan):
         check_not_negative(**self.loss_options)
 
 
-class CondSCVI(Model):
+class CondSCVI(ExpressionModel):
     """Conditional scVI: the latent space describes what varies among cells of one type, as the type is given.
 
     Parameters
@@ -101,18 +102,6 @@ class CondSCVI(Model):
     get_vamp_prior = cell_types.get_vamp_prior
     predict = cell_types.predict
     confusion_coarse_celltypes = cell_types.confusion_coarse_celltypes
-    get_latent_representation = latent.get_latent_representation
-    get_latent_library_size = latent.get_latent_library_size
-    get_aggregated_posterior = latent.get_aggregated_posterior
-    get_elbo = likelihood.get_elbo
-    get_reconstruction_error = likelihood.get_reconstruction_error
-    get_marginal_ll = likelihood.get_marginal_ll
-    get_normalized_expression = expression.get_normalized_expression
-    get_likelihood_parameters = predictive.get_likelihood_parameters
-    posterior_predictive_sample = predictive.posterior_predictive_sample
-    get_feature_correlation_matrix = predictive.get_feature_correlation_matrix
-    differential_expression = differential.differential_expression
-    differential_abundance = abundance.differential_abundance
 
     def __init__(
         self,

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from scvi_lite.analysis import abundance, differential, expression, importance, latent, likelihood, minify, predictive
+from scvi_lite.analysis import importance, minify
 from scvi_lite.data.fields import Matrix, columns_of_obs
 from scvi_lite.model import query
-from scvi_lite.model.base import Model, arguments_of
+from scvi_lite.model.base import arguments_of
+from scvi_lite.model.questions import ExpressionModel
 from scvi_lite.model.scvi import SCVIModule
 from scvi_lite.nn.configure import configure, library_prior
 from scvi_lite.nn.layers import CovariateLinear
@@ -91,7 +92,7 @@ class LinearSCVIModule(SCVIModule):
         return LinearDecoder(self.config, self.n_cats)
 
 
-class LinearSCVI(Model):
+class LinearSCVI(ExpressionModel):
     """Linearly decoded variational autoencoder (LDVAE): factors of expression that can be read gene by gene.
 
     Parameters
@@ -139,19 +140,7 @@ class LinearSCVI(Model):
 
     load_query_data = classmethod(query.load_query_data)
     prepare_query_anndata = staticmethod(query.prepare_query_anndata)
-    get_latent_representation = latent.get_latent_representation
-    get_latent_library_size = latent.get_latent_library_size
-    get_aggregated_posterior = latent.get_aggregated_posterior
-    get_elbo = likelihood.get_elbo
-    get_reconstruction_error = likelihood.get_reconstruction_error
-    get_marginal_ll = likelihood.get_marginal_ll
-    get_normalized_expression = expression.get_normalized_expression
-    get_likelihood_parameters = predictive.get_likelihood_parameters
-    posterior_predictive_sample = predictive.posterior_predictive_sample
-    get_feature_correlation_matrix = predictive.get_feature_correlation_matrix
     get_importance_weights = importance.get_importance_weights
-    differential_expression = differential.differential_expression
-    differential_abundance = abundance.differential_abundance
     minify_adata = minify.minify_adata
     minified_data_type = property(minify.minified)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from scvi_lite.analysis import abundance, accessibility, differential, latent, likelihood, minify, multiome
+from scvi_lite.analysis import accessibility, differential, minify, multiome
 from scvi_lite.data.batch import Batch
 from scvi_lite.data.fields import Categorical, Matrix, columns_of_obs
 from scvi_lite.data.modalities import read_modalities
@@ -20,7 +20,8 @@ from scvi_lite.data.regions import count_genes, depth_field, first_columns, two_
 from scvi_lite.data.registry import Registry
 from scvi_lite.errors import check_flag, check_whole, warn, without_absent, without_needless
 from scvi_lite.model import query
-from scvi_lite.model.base import ABSENT, Model, arguments_of
+from scvi_lite.model.base import ABSENT, arguments_of
+from scvi_lite.model.questions import CellModel
 from scvi_lite.nn.accessibility import default_sizes
 from scvi_lite.nn.classifier import Adversary
 from scvi_lite.nn.configure import configure
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from scvi_lite.data.modalities import Data
 
 
-class MULTIVI(Model):
+class MULTIVI(CellModel):
     """Joint model of expression and accessibility: one latent space, and each modality imputed from the other.
 
     Parameters
@@ -116,17 +117,12 @@ class MULTIVI(Model):
     prepare_query_anndata = staticmethod(query.prepare_query_anndata)
     prepare_query_mudata = staticmethod(query.prepare_query_mudata)
     get_latent_representation = multiome.get_latent_representation
-    get_aggregated_posterior = latent.get_aggregated_posterior
-    get_elbo = likelihood.get_elbo
-    get_reconstruction_error = likelihood.get_reconstruction_error
-    get_marginal_ll = likelihood.get_marginal_ll
     get_normalized_expression = multiome.get_normalized_expression
     get_normalized_accessibility = accessibility.get_normalized_accessibility
     get_library_size_factors = multiome.get_library_size_factors
     get_protein_foreground_probability = multiome.get_protein_foreground_probability
     get_region_factors = accessibility.get_region_factors
     differential_accessibility = accessibility.differential_accessibility
-    differential_abundance = abundance.differential_abundance
     minify_adata = minify_mudata = minify.minify_adata
     minified_data_type = property(minify.minified)
 

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import leaky_relu
 
-from scvi_lite.analysis import abundance, accessibility, latent, likelihood
+from scvi_lite.analysis import accessibility, latent
 from scvi_lite.data.batch import Batch
 from scvi_lite.data.fields import Matrix, columns_of_obs
 from scvi_lite.errors import as_options, check_choice, check_whole
 from scvi_lite.model import query
-from scvi_lite.model.base import Model, arguments_of
+from scvi_lite.model.base import arguments_of
+from scvi_lite.model.questions import CellModel
 from scvi_lite.nn.accessibility import Accessibility, Head, count_encoder, default_sizes
 from scvi_lite.nn.configure import configure
 from scvi_lite.nn.layers import Encoder
@@ -111,7 +112,7 @@ class PEAKVIModule(VAE):
         return Loss((reconstruction_n + weight * kl_n).mean(), reconstruction_n.sum(), kl_n.sum(), batch.n_cells)
 
 
-class PEAKVI(Model):
+class PEAKVI(CellModel):
     """Probabilistic accessibility: which regions are open in which cells, whatever the depth they were sequenced to.
 
     Parameters
@@ -174,15 +175,10 @@ class PEAKVI(Model):
     load_query_data = classmethod(query.load_query_data)
     prepare_query_anndata = staticmethod(query.prepare_query_anndata)
     get_latent_representation = latent.get_latent_representation
-    get_aggregated_posterior = latent.get_aggregated_posterior
-    get_elbo = likelihood.get_elbo
-    get_reconstruction_error = likelihood.get_reconstruction_error
-    get_marginal_ll = likelihood.get_marginal_ll
     get_normalized_accessibility = accessibility.get_normalized_accessibility
     get_library_size_factors = accessibility.get_library_size_factors
     get_region_factors = accessibility.get_region_factors
     differential_accessibility = accessibility.differential_accessibility
-    differential_abundance = abundance.differential_abundance
 
     def __init__(
         self,

@@ -7,23 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scvi_lite.analysis import (
-    abundance,
-    differential,
-    expression,
-    importance,
-    labels,
-    latent,
-    likelihood,
-    minify,
-    predictive,
-)
+from scvi_lite.analysis import importance, labels, minify
 from scvi_lite.data.fields import Matrix, columns_of_obs
 from scvi_lite.data.labels import Labels
 from scvi_lite.data.supervision import Supervision
 from scvi_lite.errors import without_needless
 from scvi_lite.model import pretrained, query
-from scvi_lite.model.base import Model, arguments_of
+from scvi_lite.model.base import arguments_of
+from scvi_lite.model.questions import ExpressionModel
 from scvi_lite.nn.classifier import Adversary
 from scvi_lite.nn.configure import activation_name, configure, library_prior
 from scvi_lite.nn.scanvi import SCANVIConfig, SCANVIModule
@@ -35,7 +26,7 @@ if TYPE_CHECKING:
 NEEDLESS = {"labels_groups": "no term of the loss depends on it, here and in scvi-tools"}
 
 
-class SCANVI(Model):
+class SCANVI(ExpressionModel):
     """Single-cell annotation using variational inference: label the cells that have no label yet.
 
     Parameters
@@ -76,19 +67,7 @@ class SCANVI(Model):
     """
 
     predict = labels.predict
-    get_latent_representation = latent.get_latent_representation
-    get_latent_library_size = latent.get_latent_library_size
-    get_aggregated_posterior = latent.get_aggregated_posterior
-    get_elbo = likelihood.get_elbo
-    get_reconstruction_error = likelihood.get_reconstruction_error
-    get_marginal_ll = likelihood.get_marginal_ll
-    get_normalized_expression = expression.get_normalized_expression
-    get_likelihood_parameters = predictive.get_likelihood_parameters
-    posterior_predictive_sample = predictive.posterior_predictive_sample
-    get_feature_correlation_matrix = predictive.get_feature_correlation_matrix
     get_importance_weights = importance.get_importance_weights
-    differential_expression = differential.differential_expression
-    differential_abundance = abundance.differential_abundance
     load_query_data = classmethod(query.load_query_data)
     prepare_query_anndata = staticmethod(query.prepare_query_anndata)
     from_scvi_model = classmethod(pretrained.from_scvi_model)

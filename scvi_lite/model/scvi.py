@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from scvi_lite.analysis import abundance, differential, expression, importance, latent, likelihood, minify, predictive
+from scvi_lite.analysis import importance, latent, minify
 from scvi_lite.data.batch import Batch
 from scvi_lite.data.fields import Matrix, columns_of_obs
 from scvi_lite.model import query
-from scvi_lite.model.base import Model, arguments_of
+from scvi_lite.model.base import arguments_of
+from scvi_lite.model.questions import ExpressionModel
 from scvi_lite.nn.configure import activation_name, configure, library_prior
 from scvi_lite.nn.module import Loss
 from scvi_lite.nn.normal import kl_normal
@@ -36,7 +37,7 @@ class SCVIModule(CountVAE):
         return Loss(total, reconstruction_n.sum(), (kl_z_n + kl_library_n).sum(), batch.n_cells)
 
 
-class SCVI(Model):
+class SCVI(ExpressionModel):
     """Single-cell variational inference: integrate batches, denoise and compare expression.
 
     Parameters
@@ -86,20 +87,8 @@ class SCVI(Model):
     (100, 5)
     """
 
-    get_latent_representation = latent.get_latent_representation
-    get_latent_library_size = latent.get_latent_library_size
     get_batch_representation = latent.get_batch_representation
-    get_aggregated_posterior = latent.get_aggregated_posterior
-    get_elbo = likelihood.get_elbo
-    get_reconstruction_error = likelihood.get_reconstruction_error
-    get_marginal_ll = likelihood.get_marginal_ll
-    get_normalized_expression = expression.get_normalized_expression
-    get_likelihood_parameters = predictive.get_likelihood_parameters
-    posterior_predictive_sample = predictive.posterior_predictive_sample
-    get_feature_correlation_matrix = predictive.get_feature_correlation_matrix
     get_importance_weights = importance.get_importance_weights
-    differential_expression = differential.differential_expression
-    differential_abundance = abundance.differential_abundance
     load_query_data = classmethod(query.load_query_data)
     prepare_query_anndata = staticmethod(query.prepare_query_anndata)
     minify_adata = minify.minify_adata

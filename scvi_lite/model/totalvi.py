@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from scvi_lite.analysis import abundance, importance, joint, latent, likelihood, minify, proteins
+from scvi_lite.analysis import importance, joint, latent, minify, proteins
 from scvi_lite.data.fields import Categorical, Field, Matrix, columns_of_obs
 from scvi_lite.data.modalities import read_modalities
 from scvi_lite.data.proteins import Proteins
 from scvi_lite.errors import as_options, check_flag, check_not_negative
 from scvi_lite.model import query
-from scvi_lite.model.base import Model, arguments_of
+from scvi_lite.model.base import arguments_of
+from scvi_lite.model.questions import CellModel
 from scvi_lite.nn.classifier import Adversary
 from scvi_lite.nn.configure import configure, library_prior
 from scvi_lite.nn.protein import background_prior
@@ -57,7 +58,7 @@ class TotalPlan(AdversarialPlan):
         check_not_negative(pro_recons_weight=self.pro_recons_weight)
 
 
-class TOTALVI(Model):
+class TOTALVI(CellModel):
     """Total variational inference: one latent space of RNA and proteins, without the background of the antibodies.
 
     Parameters
@@ -118,10 +119,6 @@ class TOTALVI(Model):
     prepare_query_mudata = staticmethod(query.prepare_query_mudata)
     get_latent_representation = latent.get_latent_representation
     get_latent_library_size = latent.get_latent_library_size
-    get_aggregated_posterior = latent.get_aggregated_posterior
-    get_elbo = likelihood.get_elbo
-    get_reconstruction_error = likelihood.get_reconstruction_error
-    get_marginal_ll = likelihood.get_marginal_ll
     get_normalized_expression = proteins.get_normalized_expression
     get_protein_foreground_probability = proteins.get_protein_foreground_probability
     get_protein_background_mean = proteins.get_protein_background_mean
@@ -130,7 +127,6 @@ class TOTALVI(Model):
     get_feature_correlation_matrix = joint.get_feature_correlation_matrix
     get_importance_weights = importance.get_importance_weights
     differential_expression = proteins.differential_expression
-    differential_abundance = abundance.differential_abundance
     minify_adata = minify_mudata = minify.minify_adata
     minified_data_type = property(minify.minified)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import inspect
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,7 +19,7 @@ from scvi_lite.data.sampler import check_external, split_rows
 from scvi_lite.errors import as_options, check_options, check_whole, warn, without_needless
 from scvi_lite.train import options as asked
 from scvi_lite.train.checkpoint import Start, read_checkpoint
-from scvi_lite.train.fit import fit
+from scvi_lite.train.fit import fit, release
 from scvi_lite.train.plan import heuristic_epochs, make_plan
 from scvi_lite.train.presets import preset_plan
 from scvi_lite.train.strategies import workers_needed
@@ -93,9 +92,9 @@ def fit_model(
     task = Task(model.module, plan, earlier, adversary)
     task.monitor_lr |= stopping.learning_rate_monitor
     data = _minibatches(model, start, batch_size, splitting, supervision)
-    if model.trainer is not None:  # it holds what the optimiser knows of each weight, and parts that hold one another
+    if model.trainer is not None:
+        release(model.trainer)
         model.trainer = None
-        gc.collect()
     try:
         model.module.train()  # from here on, so that an interrupt cannot leave it so
         model.trainer, interrupted = fit(task, data, stopping, options, n_workers)
