@@ -28,7 +28,7 @@ class Setup:
 
     make: Callable[[Any, Any], Any]  #: from the package and the data to an untrained model
     n_cells: int  #: cells of the file that are used
-    epochs: int  #: that are timed, after one that is not
+    epochs: int  #: that are timed, after one that is not: so many that what a call of train() begins with counts little
     options: dict[str, Any] = field(default_factory=dict)  #: of train(), beside those of all models
 
 
@@ -84,13 +84,13 @@ def multivi(scvi: Any, mdata: Any) -> Any:
 
 WHOLE = {"train_size": 1.0}  # as by default in both
 SETUPS = {
-    "SCANVI": Setup(scanvi, 6000, 2),
-    "LinearSCVI": Setup(linear, 6000, 4),
-    "CondSCVI": Setup(condscvi, 6000, 4, WHOLE),
-    "DestVI": Setup(destvi, 2000, 4, WHOLE),
-    "TOTALVI": Setup(totalvi, 4000, 2, {"early_stopping": False, "reduce_lr_on_plateau": False}),
-    "PEAKVI": Setup(peakvi, 3000, 2, {"early_stopping": False}),
-    "MULTIVI": Setup(multivi, 3000, 2, {"early_stopping": False}),
+    "SCANVI": Setup(scanvi, 6000, 8),
+    "LinearSCVI": Setup(linear, 6000, 10),
+    "CondSCVI": Setup(condscvi, 6000, 6, WHOLE),
+    "DestVI": Setup(destvi, 2000, 8, WHOLE),
+    "TOTALVI": Setup(totalvi, 4000, 6, {"early_stopping": False, "reduce_lr_on_plateau": False}),
+    "PEAKVI": Setup(peakvi, 3000, 4, {"early_stopping": False}),
+    "MULTIVI": Setup(multivi, 3000, 4, {"early_stopping": False}),
 }
 
 
