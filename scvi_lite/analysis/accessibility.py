@@ -6,7 +6,8 @@ doi:10.1016/j.crmeth.2022.100182
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +16,12 @@ import torch
 from torch import Tensor
 
 from scvi_lite.analysis.cells import chosen, find_cells, frame, mean_over, minibatches
-from scvi_lite.analysis.differential import Codes, Features, batch_pairing, compare, sampler_of
-from scvi_lite.analysis.effects import levels, make_test
-from scvi_lite.analysis.groups import find_comparisons
+from scvi_lite.analysis.differential import Features, differential_expression
+from scvi_lite.analysis.effects import levels
 from scvi_lite.analysis.inputs import minibatch_size, needs_counts, positions_of, to_numpy
 from scvi_lite.analysis.output import Out, collect, sparse_rows
 from scvi_lite.data.checks import value_blocks
-from scvi_lite.errors import StateError, check_whole, unknown
+from scvi_lite.errors import StateError, unknown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -128,51 +128,31 @@ def get_normalized_accessibility(
             "threshold and out are given; use one: what is above a threshold is a sparse matrix in memory."
         )
     adata, rows = find_cells(model, adata, indices, n_samples_overall)
-    parts: Iterable[Tensor] = [torch.empty(len(rows), 0)]
-    if names:
-        parts = _probabilities(
-            model, adata, rows, codes, regions, use_z_mean, normalize_cells, normalize_regions, batch_size
-        )
+    factor_r = _region_factors(model) if normalize_regions and names else None
+    if normalize_cells and names:
+        _check_depth(model)
+
+    def parts() -> Iterator[Tensor]:
+        for _, batch in minibatches(model, adata, rows, minibatch_size(batch_size, len(names))):
+            q = model.module.encode(batch)
+            z_nk = q.z_loc_nk if use_z_mean else q.sample_z()
+            p_nr = mean_over(chosen(accessible(model, z_nk, batch.with_batch(code)), regions) for code in codes)
+            if normalize_cells:
+                p_nr = p_nr * model.module.depth(batch).sigmoid()[:, None]
+            yield p_nr if factor_r is None else p_nr * chosen(factor_r, regions)
+
+    blocks = parts() if names else [torch.empty(len(rows), 0)]
     if threshold is None:
-        value = collect(({"p": p_nr} for p_nr in parts), len(rows), {"p": out})["p"]
+        value = collect(({"p": p_nr} for p_nr in blocks), len(rows), {"p": out})["p"]
     else:
-        above = (torch.where(p_nr >= threshold, p_nr, 0) for p_nr in parts)
+        above = (torch.where(p_nr >= threshold, p_nr, 0) for p_nr in blocks)
         value = sparse_rows(above, len(names) if regions is None else len(regions))
     return value if return_numpy or out is not None else frame(value, adata.obs_names[rows], names, regions)
 
 
-def _probabilities(
-    model: Model,
-    adata: AnnData,
-    rows: np.ndarray,
-    codes: Codes,
-    regions: np.ndarray | None,
-    use_z_mean: bool,
-    normalize_cells: bool,
-    normalize_regions: bool,
-    batch_size: int | None,
-) -> Iterator[Tensor]:
-    """The probabilities (n, r) of each minibatch."""
-    factor_r = _region_factors(model) if normalize_regions else None
-    if normalize_cells:
-        _check_depth(model)
-    for _, batch in minibatches(model, adata, rows, minibatch_size(batch_size, len(model._region_names))):
-        q = model.module.encode(batch)
-        z_nk = q.z_loc_nk if use_z_mean else q.sample_z()
-        p_nr = mean_over(codes, lambda code: accessible(model, z_nk, None, batch, code, regions))  # noqa: B023 (used at once)
-        if normalize_cells:
-            p_nr = p_nr * model.module.depth(batch).sigmoid()[:, None]
-        if factor_r is not None:
-            p_nr = p_nr * chosen(factor_r, regions)
-        yield p_nr
-
-
-def accessible(
-    model: Model, z: Tensor, depth_n: Tensor | None, batch: Batch, code: int | None, regions: np.ndarray | None
-) -> Tensor:
-    """Accessibility (..., n, r) of a minibatch, decoded as from one batch."""
-    batch = batch if code is None else batch.with_batch(code)
-    return chosen(model.module.decode_regions(z, depth_n, batch).p_nr, regions)
+def accessible(model: Model, z: Tensor, batch: Batch) -> Tensor:
+    """Accessibility (..., n, r) of a minibatch at latent places, whatever the depth."""
+    return model.module.decode_regions(z, None, batch).p_nr
 
 
 def get_library_size_factors(
@@ -301,18 +281,14 @@ def differential_accessibility(
     """
     if not callable(change_fn) and change_fn not in EFFECTS:
         raise ValueError(unknown("change_fn", change_fn, EFFECTS, "a function or an option"))
-    check_whole(n_samples_overall=n_samples_overall)
     (target,) = levels("fdr_target", fdr_target)[:1] or (0.05,)
-    effect = EFFECTS[change_fn] if isinstance(change_fn, str) else change_fn
-    options = {"delta": delta, "test_mode": test_mode, "pseudocounts": pseudocounts}
-    test = make_test(mode, effect=effect, fdr_targets=(target,), **options)
-    codes = batch_pairing(model, batch_correction, batchid1, batchid2)
-    adata = model._check(adata)
-    comparisons = find_comparisons(model, adata, groupby, group1, group2, idx1, idx2)
-    model._warn_if_untrained()
-    regions = Features(model._region_names, accessible, [model._region_field])
-    sampler = sampler_of(model, adata, regions, codes, n_samples_overall, batch_size)
-    table = compare(model, adata, comparisons, sampler, test, codes, regions, all_stats=all_stats, silent=silent)
+    table = differential_expression(
+        model, adata, groupby, group1, group2, idx1, idx2, mode, delta, batch_size, all_stats,
+        batch_correction, batchid1, batchid2, target, silent,
+        n_samples_overall=n_samples_overall, test_mode=test_mode, pseudocounts=pseudocounts,
+        change_fn=EFFECTS[change_fn] if isinstance(change_fn, str) else change_fn,
+        features=Features(model._region_names, partial(accessible, model), [model._region_field]),
+    )  # fmt: skip
     return _renamed(table, f"is_de_fdr_{target}")
 
 

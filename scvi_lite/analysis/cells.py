@@ -108,7 +108,7 @@ def ask_cells(
             z = q.z_loc_nk if at_mean else q.sample_z(n_samples if several else None)
             parts: Parts = {}
             for code in codes:
-                for name, value in ask(batch if code is None else batch.with_batch(code), q, z).items():
+                for name, value in ask(batch.with_batch(code), q, z).items():
                     parts[name] = parts[name] + value if name in parts else value
             for name, value in parts.items():
                 value = value.mean(0) if several and average else value.movedim(0, -1) if draws_last else value
@@ -128,12 +128,12 @@ def chosen(value: Tensor, positions: np.ndarray | None) -> Tensor:
     return value if positions is None else value[..., torch.from_numpy(positions).to(value.device)]
 
 
-def mean_over(codes: Sequence[int | None], value_of: Any) -> Tensor:
-    """The mean of ``value_of(code)`` over the codes, one at a time."""
-    total = value_of(codes[0])
-    for code in codes[1:]:
-        total += value_of(code)
-    return total if len(codes) == 1 else total / len(codes)
+def mean_over(values: Iterator[Tensor]) -> Tensor:
+    """The mean of several tensors, of which two are there at a time."""
+    total, n = next(values), 1
+    for n, value in enumerate(values, start=2):  # noqa: B007
+        total += value
+    return total if n == 1 else total / n
 
 
 def frame(value: Any, cells: pd.Index, names: Sequence[str], positions: np.ndarray | None = None) -> pd.DataFrame:

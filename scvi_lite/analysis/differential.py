@@ -8,25 +8,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from scvi_lite.analysis.by_gene import surest_first
+from scvi_lite.analysis.cells import minibatches
 from scvi_lite.analysis.effects import Change, Draws, Pairs, Vanilla, levels, make_test
-from scvi_lite.analysis.expression import decode_draws
+from scvi_lite.analysis.expression import expected
 from scvi_lite.analysis.groups import Comparison, count_statistics, find_comparisons
 from scvi_lite.analysis.importance import OPTIONS, draw_latent
-from scvi_lite.analysis.inputs import needs_counts
+from scvi_lite.analysis.inputs import minibatch_size, needs_counts
 from scvi_lite.analysis.latent import posterior_parameters
+from scvi_lite.analysis.output import writing
 from scvi_lite.errors import StateError, as_options, check_choice, check_options, check_whole, unknown
 
 if TYPE_CHECKING:
     import pandas as pd
     from anndata import AnnData
+    from torch import Tensor
 
-    from scvi_lite.analysis.expression import ValueOf
+    from scvi_lite.data.batch import Batch
     from scvi_lite.model.base import Model
 
 Codes = Sequence[int | None]
@@ -42,13 +47,13 @@ class Features:
     names
         Names of the features.
     value_of
-        What a decoder says about them, asked as :func:`~scvi_lite.analysis.expression.expected` is, which is None.
+        What a decoder says about them (n, features) at latent places of a minibatch; None for the proportions of genes.
     fields
         Where their counts are, side by side.
     """
 
     names: Sequence[str]
-    value_of: ValueOf | None = None
+    value_of: Callable[[Tensor, Batch], Tensor] | None = None
     fields: Sequence[str] = ("x",)
 
 
@@ -202,14 +207,17 @@ def differential_expression(
     comparisons = find_comparisons(model, adata, groupby, group1, group2, idx1, idx2)
     model._warn_if_untrained()
     features = features or Features(model._gene_names)
-    sampler = sampler_of(
-        model, adata, features, codes, n_samples_overall, batch_size, weights or "uniform",
-        importance_weighting_kwargs, filter_outlier_cells,
-    )  # fmt: skip
+    n_turns = math.lcm(*map(len, codes))
+    n = -(-n_samples_overall // n_turns) * n_turns  # as many from each of the batches
+
+    def sampler(rows: np.ndarray, codes: Codes) -> np.ndarray:
+        rows = inliers(model, adata, rows, batch_size) if filter_outlier_cells else rows
+        rows, z_sk = draw_latent(model, adata, rows, n, weights or "uniform", importance_weighting_kwargs, batch_size)
+        return decode_in_turn(model, adata, rows, z_sk, codes, features, batch_size)
+
     return compare(
         model, adata, comparisons, sampler, test, codes, features,
-        all_stats=all_stats, silent=silent, threshold_counts=threshold_counts,
-        n_permuted=m_permutation if use_permutation else None,
+        all_stats, silent, threshold_counts, m_permutation if use_permutation else None,
     )  # fmt: skip
 
 
@@ -222,30 +230,29 @@ def check_weights(model: Model, weights: str | None, options: Mapping[str, Any] 
     check_options("importance_weighting_kwargs", as_options("importance_weighting_kwargs", options), OPTIONS)
 
 
-def sampler_of(
+def decode_in_turn(
     model: Model,
     adata: AnnData,
+    rows: np.ndarray,
+    z_sk: Tensor,
+    codes: Codes,
     features: Features,
-    codes: tuple[Codes, Codes],
-    n_samples: int,
-    batch_size: int | None = None,
-    weights: str = "uniform",
-    importance_weighting_kwargs: Mapping[str, Any] | None = None,
-    without_outliers: bool = False,
-) -> Sampler:
-    """Draws of the features of a population: at least ``n_samples``, and as many from each of its batches."""
-    n_turns = math.lcm(*map(len, codes))
-    n = -(-n_samples // n_turns) * n_turns
-
-    def sampler(rows: np.ndarray, codes: Codes) -> np.ndarray:
-        rows = inliers(model, adata, rows, batch_size) if without_outliers else rows
-        rows, z_sk = draw_latent(model, adata, rows, n, weights, importance_weighting_kwargs, batch_size)
-        return decode_draws(
-            model, adata, rows, z_sk, codes, each_in_turn=True, batch_size=batch_size,
-            value_of=features.value_of, n_features=len(features.names),
-        )  # fmt: skip
-
-    return sampler
+    batch_size: int | None,
+) -> np.ndarray:
+    """The features (s, f) at latent places, with the covariates of cells; place i as from batch ``codes[i % b]``."""
+    n_features, turns = len(features.names), None if None in codes else torch.tensor(codes)
+    size, with_counts = minibatch_size(batch_size, n_features), features.value_of is not None
+    with writing(None, (len(rows), n_features), size) as answer:
+        for cells, batch in minibatches(model, adata, rows, size, with_counts=with_counts):
+            z_nk = z_sk[cells].to(model.device)
+            if turns is not None:
+                turn_n = torch.arange(cells.start, cells.stop) % len(codes)
+                batch = replace(batch, batch_n=turns[turn_n].to(model.device))
+            if features.value_of is None:
+                answer.compute(batch.n_cells, partial(expected, model, z_nk, None, batch, None))
+            else:
+                answer.put(features.value_of(z_nk, batch))
+    return answer.array
 
 
 def compare(
@@ -256,27 +263,12 @@ def compare(
     test: Vanilla | Change,
     codes: tuple[Codes, Codes],
     features: Features,
-    *,
-    all_stats: bool = True,
-    silent: bool = False,
-    threshold_counts: float = 0.01,
-    n_permuted: int | None = None,
+    all_stats: bool,
+    silent: bool,
+    threshold_counts: float,
+    n_permuted: int | None,
 ) -> pd.DataFrame:
-    """Compare populations feature by feature: what differential expression and accessibility share.
-
-    Parameters
-    ----------
-    comparisons
-        The populations.
-    sampler
-        Draws (s, g) from the rows of a population, decoded as from each of the batches in turn.
-    test
-        What is asked of the draws.
-    codes
-        Batches to decode each population as.
-    features
-        What is compared.
-    """
+    """Compare populations feature by feature, each with draws that are decoded as from its ``codes`` of batches."""
     import pandas as pd
     from tqdm.auto import tqdm
 

@@ -6,7 +6,7 @@ doi:10.1038/s41592-018-0229-2
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from numbers import Real
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from scvi_lite.model.base import Model
     from scvi_lite.nn.rates import Rates
     from scvi_lite.nn.vae import Posterior
-
-ValueOf = Callable[..., Tensor]
 
 
 def get_normalized_expression(
@@ -126,86 +124,43 @@ def get_normalized_expression(
     if weights == "importance" and n_samples_overall is None:
         raise ValueError("weights='importance' weights draws from many cells: give n_samples_overall, e.g. 5000.")
     adata, rows = find_cells(model, adata, indices)
+    n_genes = model.module.config.n_genes
+    size = minibatch_size(batch_size, n_samples * n_genes)
+    z_sk = None
     if n_samples_overall is not None:
         rows, z_sk = draw_latent(
             model, adata, rows, n_samples_overall, weights or "uniform", importance_weighting_kwargs, batch_size
         )
-        return decode_draws(model, adata, rows, z_sk, codes, genes, library_size, batch_size, out=out)
-    value = _per_cell(model, adata, rows, codes, genes, library_size, n_samples, batch_size, return_mean, silent, out)
-    if return_numpy or value.ndim == 3 or out is not None:
-        return value
-    return frame(value, adata.obs_names[rows], model._gene_names, genes)
-
-
-def _per_cell(
-    model: Model,
-    adata: AnnData,
-    rows: np.ndarray,
-    codes: Sequence[int | None],
-    genes: np.ndarray | None,
-    library_size: float | str,
-    n_samples: int,
-    batch_size: int | None,
-    return_mean: bool,
-    silent: bool,
-    out: Out,
-) -> Any:
-    """Expected expression of each cell, (n, g) or (s, n, g)."""
-    n_genes = model.module.config.n_genes
-    several, average = n_samples > 1, n_samples > 1 and return_mean
-    axis = int(several and not average)
+    with_counts = z_sk is None or library_size == "latent"
+    batches = minibatches(model, adata, rows, size, silent or z_sk is not None, with_counts)
+    average = return_mean and n_samples > 1
+    axis = int(n_samples > 1 and not average)
     shape = (*[n_samples] * axis, len(rows), n_genes if genes is None else len(genes))
-    size = minibatch_size(batch_size, n_samples * n_genes)
     with writing(out, shape, size, axis) as answer:
-        for _, batch in minibatches(model, adata, rows, size, silent):
-            q = model.module.encode(batch)
-            z = q.sample_z(n_samples if several else None)
-            library_n = log_library(model, batch, q, library_size, n_draws(z))
-            if len(codes) == 1 and not several:
-                answer.compute(batch.n_cells, partial(expected, model, z, library_n, batch, codes[0], genes))
-                continue
-            mean = mean_over(codes, lambda code: expected(model, z, library_n, batch, code, genes))  # noqa: B023 (used at once)
-            answer.put(mean.mean(0) if average else mean)
-    return answer.array
-
-
-def decode_draws(
-    model: Model,
-    adata: AnnData,
-    rows: np.ndarray,
-    z_sk: Tensor,
-    codes: Sequence[int | None] = (None,),
-    genes: np.ndarray | None = None,
-    library_size: float | str = 1,
-    batch_size: int | None = None,
-    each_in_turn: bool = False,
-    value_of: ValueOf | None = None,
-    n_features: int | None = None,
-    out: Out = None,
-) -> Any:
-    """Expected expression at latent positions ``z_sk``, with the covariates of the cells in ``rows``: (s, g).
-
-    Averaged over the batches ``codes``; or with ``each_in_turn``, draw i is decoded as from batch ``codes[i % b]``.
-    Of another kind of data, give ``value_of``, what is asked of each minibatch as of :func:`expected`, and how many
-    features there are.
-    """
-    value_of, n_features = value_of or expected, n_features or model.module.config.n_genes
-    shape, size = (len(rows), n_features if genes is None else len(genes)), minibatch_size(batch_size, n_features)
-    with_counts = value_of is not expected or library_size == "latent"
-    with writing(out, shape, size) as answer:
-        for cells, batch in minibatches(model, adata, rows, size, with_counts=with_counts):
-            z_nk = z_sk[cells].to(model.device)
-            library_n = log_library(model, batch, None, library_size)
-            if each_in_turn and None not in codes:
-                turn_n = torch.arange(cells.start, cells.stop, device=model.device) % len(codes)
-                batch = replace(batch, batch_n=torch.tensor(codes, device=model.device)[turn_n])
-                answer.put(value_of(model, z_nk, library_n, batch, None, genes))
-            elif value_of is expected and len(codes) == 1:
-                answer.compute(batch.n_cells, partial(expected, model, z_nk, library_n, batch, codes[0], genes))
+        for batch, z, library_n in _places(model, batches, z_sk, n_samples, library_size):
+            if len(codes) == 1 and z.ndim == 2:
+                one = batch.with_batch(codes[0])
+                answer.compute(batch.n_cells, partial(expected, model, z, library_n, one, genes))
             else:
-                mean = mean_over(codes, lambda code: value_of(model, z_nk, library_n, batch, code, genes))  # noqa: B023
-                answer.put(mean)
-    return answer.array
+                mean = mean_over(expected(model, z, library_n, batch.with_batch(code), genes) for code in codes)
+                answer.put(mean.mean(0) if average else mean)
+    if z_sk is not None or return_numpy or len(shape) == 3 or out is not None:
+        return answer.array
+    return frame(answer.array, adata.obs_names[rows], model._gene_names, genes)
+
+
+def _places(
+    model: Model,
+    batches: Iterator[tuple[slice, Batch]],
+    z_sk: Tensor | None,
+    n_samples: int,
+    library_size: float | str,
+) -> Iterator[tuple[Batch, Tensor, Tensor | None]]:
+    """Cells, where in latent space they are decoded (at draws from posteriors, or as given), and log libraries."""
+    for at, batch in batches:
+        q = model.module.encode(batch) if z_sk is None else None
+        z = z_sk[at].to(model.device) if q is None else q.sample_z(n_samples if n_samples > 1 else None)
+        yield batch, z, log_library(model, batch, q, library_size, n_draws(z))
 
 
 def expected(
@@ -213,15 +168,13 @@ def expected(
     z: Tensor,
     log_library: Tensor | None,
     batch: Batch,
-    code: int | None,
-    genes: np.ndarray | None,
+    genes: np.ndarray | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Expected expression (..., n, g) of a minibatch, decoded as from one batch; proportions if there is no library.
 
     Written to ``out`` if that is given.
     """
-    batch = batch if code is None else batch.with_batch(code)
     library_n = batch.total_n.new_zeros(batch.n_cells) if log_library is None else log_library
     rates = select_genes(model.module.decode(z, library_n, batch, mean_only=True), genes)
     as_proportions = log_library is None and genes is None

@@ -145,7 +145,7 @@ def get_normalized_expression(
     genes, names = gene_positions(model, gene_list), model._gene_names
 
     def proportions(batch: Batch, z: Tensor) -> Tensor:
-        return expected(model, z, None, batch, None, genes) if names else z[..., :0]
+        return expected(model, z, None, batch, genes) if names else z[..., :0]
 
     value, cells = _decoded(
         model, proportions, adata, indices, n_samples_overall, transform_batch, use_z_mean,

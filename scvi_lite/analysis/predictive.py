@@ -235,7 +235,7 @@ def draw_rates(model: Model, batch: Batch, code: int | None = None, library_n: T
     """Decode one draw from the posterior of each cell, as from one batch; with a drawn library if none is given."""
     q = model.module.encode(batch)
     library_n = draw_library(model, batch, q) if library_n is None else library_n
-    return model.module.decode(q.sample_z(), library_n, batch if code is None else batch.with_batch(code))
+    return model.module.decode(q.sample_z(), library_n, batch.with_batch(code))
 
 
 def denoised(rates: Rates) -> Tensor:

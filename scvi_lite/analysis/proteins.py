@@ -124,7 +124,7 @@ def get_normalized_expression(
         library_n = log_library(model, batch, q, library_size, n_draws(z))
         rates = model.module.decode_proteins(z, batch)
         y_np = protein_value(rates, sample_protein_mixing, include_protein_background, scale_protein)
-        return {"rna": expected(model, z, library_n, batch, None, genes), "protein": answer(model, y_np, proteins)}
+        return {"rna": expected(model, z, library_n, batch, genes), "protein": answer(model, y_np, proteins)}
 
     check_samples(n_samples, n_samples_overall)
     adata, rows = find_cells(model, adata, indices, n_samples_overall)
@@ -248,10 +248,10 @@ def differential_expression(
     kinds = [kind for kind in names_of if kind in asked]
     names = [name for kind in kinds for name in names_of[kind]]
 
-    def value_of(model: Model, z: Tensor, library: Tensor | None, batch: Batch, code: int | None, genes: Any) -> Tensor:
-        values = [expected(model, z, library, batch, code, genes)] if "rna" in kinds else []
+    def value_of(z: Tensor, batch: Batch) -> Tensor:
+        values = [expected(model, z, None, batch)] if "rna" in kinds else []
         if "protein" in kinds:
-            rates = model.module.decode_proteins(z, batch if code is None else batch.with_batch(code))
+            rates = model.module.decode_proteins(z, batch)
             y_np = protein_value(rates, sample_protein_mixing, include_protein_background, scale_protein)
             values.append(y_np + protein_prior_count)
         return torch.cat(values, -1)

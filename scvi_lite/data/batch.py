@@ -166,6 +166,6 @@ class Batch:
                 joined[name] = torch.cat([ours, theirs])
         return replace(self, **joined)
 
-    def with_batch(self, code: int) -> Batch:
-        """The same cells, as if all came from batch ``code``."""
-        return replace(self, batch_n=torch.full_like(self.batch_n, code))
+    def with_batch(self, code: int | None) -> Batch:
+        """The same cells, as if all came from batch ``code``; None for each cell's own."""
+        return self if code is None else replace(self, batch_n=torch.full_like(self.batch_n, code))
