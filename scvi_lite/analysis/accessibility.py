@@ -127,13 +127,13 @@ def get_normalized_accessibility(
         raise ValueError(
             "threshold and out are given; use one: what is above a threshold is a sparse matrix in memory."
         )
-    adata, rows = find_cells(model, adata, indices, n_samples_overall)
+    cells = find_cells(model, adata, indices, n_samples_overall)
     factor_r = _region_factors(model) if normalize_regions and names else None
     if normalize_cells and names:
         _check_depth(model)
 
     def parts() -> Iterator[Tensor]:
-        for _, batch in minibatches(model, adata, rows, minibatch_size(batch_size, len(names))):
+        for _, batch in minibatches(model, *cells, minibatch_size(batch_size, len(names))):
             q = model.module.encode(batch)
             z_nk = q.z_loc_nk if use_z_mean else q.sample_z()
             p_nr = mean_over(chosen(accessible(model, z_nk, batch.with_batch(code)), regions) for code in codes)
@@ -141,13 +141,13 @@ def get_normalized_accessibility(
                 p_nr = p_nr * model.module.depth(batch).sigmoid()[:, None]
             yield p_nr if factor_r is None else p_nr * chosen(factor_r, regions)
 
-    blocks = parts() if names else [torch.empty(len(rows), 0)]
+    blocks = parts() if names else [torch.empty(len(cells.rows), 0)]
     if threshold is None:
-        value = collect(({"p": p_nr} for p_nr in blocks), len(rows), {"p": out})["p"]
+        value = collect(({"p": p_nr} for p_nr in blocks), len(cells.rows), {"p": out})["p"]
     else:
         above = (torch.where(p_nr >= threshold, p_nr, 0) for p_nr in blocks)
         value = sparse_rows(above, len(names) if regions is None else len(regions))
-    return value if return_numpy or out is not None else frame(value, adata.obs_names[rows], names, regions)
+    return frame(value, cells.names, names, regions, plain=return_numpy or out is not None)
 
 
 def accessible(model: Model, z: Tensor, batch: Batch) -> Tensor:

@@ -144,9 +144,8 @@ def get_normalized_expression(
             else:
                 mean = mean_over(expected(model, z, library_n, batch.with_batch(code), genes) for code in codes)
                 answer.put(mean.mean(0) if average else mean)
-    if z_sk is not None or return_numpy or len(shape) == 3 or out is not None:
-        return answer.array
-    return frame(answer.array, adata.obs_names[rows], model._gene_names, genes)
+    plain = z_sk is not None or return_numpy or out is not None
+    return frame(answer.array, adata.obs_names[rows], model._gene_names, genes, plain)
 
 
 def _places(

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scvi_lite.analysis.cells import Parts, ask_cells, chosen, find_cells, n_draws
+from scvi_lite.analysis.cells import How, Parts, ask_cells, chosen, find_cells, n_draws
 from scvi_lite.analysis.expression import draw_library, select_genes
 from scvi_lite.analysis.inputs import gene_positions
 from scvi_lite.analysis.output import Out
-from scvi_lite.analysis.predictive import check_correlation, check_several, correlation, denoised, parameters_of
+from scvi_lite.analysis.predictive import correlate, denoised, parameters_of
 from scvi_lite.analysis.proteins import protein_positions
 
 if TYPE_CHECKING:
@@ -71,10 +71,8 @@ def get_likelihood_parameters(
             "protein_dispersions": proteins.log_theta.exp().expand_as(proteins.mixing_np),
         }
 
-    cells = find_cells(model, adata, indices)
-    return ask_cells(
-        model, *cells, ask, n_samples=n_samples, average=give_mean, draws_last=True, batch_size=batch_size, out=out
-    )
+    how = How(n_samples=n_samples, average=give_mean, draws_last=True, batch_size=batch_size)
+    return ask_cells(model, find_cells(model, adata, indices), ask, how, out)
 
 
 def posterior_predictive_sample(
@@ -113,10 +111,8 @@ def posterior_predictive_sample(
             names["proteins_np"]: chosen(of_proteins.sample(), proteins),
         }
 
-    cells = find_cells(model, adata, indices)
-    return ask_cells(
-        model, *cells, ask, codes, n_samples, average=False, draws_last=True, batch_size=batch_size, out=out
-    )
+    how = How(codes, n_samples, average=False, draws_last=True, batch_size=batch_size)
+    return ask_cells(model, find_cells(model, adata, indices), ask, how, out)
 
 
 def get_feature_correlation_matrix(
@@ -156,22 +152,12 @@ def get_feature_correlation_matrix(
     ValueError
         If a batch or the type is unknown, a number out of range, or there are fewer than two cells.
     """
-    import pandas as pd
 
-    check_correlation(correlation_type, rna_size_factor, n_samples)
-    codes = model._batch_codes(transform_batch)
-
-    def ask(batch: Batch, q: Posterior, z: Tensor) -> Parts:
-        library_n = torch.full_like(batch.total_n, float(rna_size_factor)).log()
+    def rates_of(z: Tensor, library_n: Tensor, batch: Batch) -> Tensor:
         rates, proteins = model.module.decode_both(z, library_n, batch)
-        return {"rate": torch.cat([denoised(rates), proteins.sample(denoised=True)], -1)}
+        return torch.cat([denoised(rates), proteins.sample(denoised=True)], -1)
 
-    adata, rows = find_cells(model, adata, indices)
-    check_several(rows)
     names = [*model._gene_names, *model.protein_names]
-    total_ff = np.zeros((len(names), len(names)))
-    for code in codes:
-        for _ in range(n_samples):
-            rate_nf = ask_cells(model, adata, rows, ask, [code], batch_size=batch_size, silent=silent)["rate"]
-            total_ff += correlation(np.log1p(rate_nf) if log_transform else rate_nf, correlation_type)
-    return pd.DataFrame(total_ff / (len(codes) * n_samples), index=names, columns=names)
+    how = How(model._batch_codes(transform_batch), n_samples, batch_size=batch_size, silent=silent)
+    transform = np.log1p if log_transform else None
+    return correlate(model, adata, indices, rates_of, names, how, rna_size_factor, correlation_type, transform)

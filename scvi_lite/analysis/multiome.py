@@ -5,7 +5,7 @@ doi:10.1038/s41592-023-01909-9
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,17 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scvi_lite.analysis.cells import ask_cells, find_cells, frame
+from scvi_lite.analysis.cells import How, Parts, ask_cells, find_cells, frame
 from scvi_lite.analysis.expression import expected
-from scvi_lite.analysis.inputs import (
-    gene_positions,
-    needs_counts,
-    to_numpy,
-)
+from scvi_lite.analysis.inputs import gene_positions, needs_counts, to_numpy
 from scvi_lite.analysis.latent import positions
 from scvi_lite.analysis.output import Out
-from scvi_lite.analysis.proteins import answer, protein_positions
-from scvi_lite.errors import StateError, check_choice, check_whole, warn
+from scvi_lite.analysis.proteins import foreground_probability
+from scvi_lite.errors import StateError, check_choice
 from scvi_lite.nn.vae import Posterior
 
 if TYPE_CHECKING:
@@ -144,43 +140,14 @@ def get_normalized_expression(
     """
     genes, names = gene_positions(model, gene_list), model._gene_names
 
-    def proportions(batch: Batch, z: Tensor) -> Tensor:
-        return expected(model, z, None, batch, genes) if names else z[..., :0]
+    def ask(batch: Batch, q: Posterior, z: Tensor) -> Parts:
+        return {"value": expected(model, z, None, batch, genes) if names else z[..., :0]}
 
-    value, cells = _decoded(
-        model, proportions, adata, indices, n_samples_overall, transform_batch, use_z_mean,
-        n_samples, batch_size, return_mean, silent, out=out,
-    )  # fmt: skip
-    return value if return_numpy or value.ndim == 3 or out is not None else frame(value, cells, names, genes)
-
-
-def _decoded(
-    model: Model,
-    value_of: Callable[[Batch, Tensor], Tensor],
-    adata: Data | None,
-    indices: Any,
-    n_samples_overall: int | None,
-    transform_batch: Any,
-    use_z_mean: bool,
-    n_samples: int,
-    batch_size: int | None,
-    return_mean: bool,
-    silent: bool,
-    draws_last: bool = False,
-    out: Out = None,
-) -> tuple[Any, pd.Index]:
-    """What a decoder says at the posterior mean of cells, or at draws; and the names of the cells."""
     codes = model._batch_codes(transform_batch)
-    check_whole(n_samples=n_samples)
-    if n_samples > 1 and use_z_mean:
-        warn(f"n_samples={n_samples} changes nothing: the posterior mean is decoded. Give use_z_mean=False for draws.")
-        n_samples = 1
-    adata, rows = find_cells(model, adata, indices, n_samples_overall)
-    values = ask_cells(
-        model, adata, rows, lambda batch, q, z: {"value": value_of(batch, z)},
-        codes, n_samples, return_mean, use_z_mean, draws_last, batch_size, silent, {"value": out},
-    )  # fmt: skip
-    return values["value"], adata.obs_names[rows]
+    how = How(codes, n_samples, return_mean, at_mean=use_z_mean, batch_size=batch_size, silent=silent)
+    cells = find_cells(model, adata, indices, n_samples_overall)
+    value = ask_cells(model, cells, ask, how, {"value": out})["value"]
+    return frame(value, cells.names, names, genes, plain=return_numpy or out is not None)
 
 
 def get_library_size_factors(
@@ -255,13 +222,6 @@ def get_protein_foreground_probability(
             "This model has no proteins. Name them in the setup: protein_expression_obsm_key=... of setup_anndata, or "
             "modalities={'protein_layer': ...} of setup_mudata."
         )
-    proteins = protein_positions(model, protein_list)
-
-    def probability(batch: Batch, z: Tensor) -> Tensor:
-        return answer(model, model.module.decode_proteins(z, batch).foreground_probability_np, proteins)
-
-    value, cells = _decoded(
-        model, probability, adata, indices, None, transform_batch, use_z_mean, n_samples, batch_size,
-        return_mean, silent, draws_last=True,
-    )  # fmt: skip
-    return value if return_numpy or value.ndim == 3 else frame(value, cells, model.protein_names, proteins)
+    codes = model._batch_codes(transform_batch)
+    how = How(codes, n_samples, return_mean, use_z_mean, draws_last=True, batch_size=batch_size, silent=silent)
+    return foreground_probability(model, find_cells(model, adata, indices), how, protein_list, return_numpy)

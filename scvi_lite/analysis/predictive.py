@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from scvi_lite.analysis.cells import Parts, ask_cells, find_cells, minibatches, n_draws
+from scvi_lite.analysis.cells import How, Parts, ask_cells, find_cells, minibatches, n_draws
 from scvi_lite.analysis.expression import draw_library, select_genes
 from scvi_lite.analysis.inputs import gene_positions, minibatch_size
 from scvi_lite.analysis.output import Out, collect, sparse_rows
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from scipy import sparse
 
     from scvi_lite.data.batch import Batch
+    from scvi_lite.data.modalities import Data
     from scvi_lite.model.base import Model
     from scvi_lite.nn.rates import Rates
     from scvi_lite.nn.vae import Posterior
@@ -92,8 +94,8 @@ def posterior_predictive_sample(
 
     def draws() -> Iterator[Parts]:
         for _, batch in minibatches(model, adata, rows, size, silent):
-            drawn = [codes[int(torch.randint(len(codes), ()))] for _ in range(n_samples)]
-            x = [select_genes(draw_rates(model, batch, code), genes).distribution().sample() for code in drawn]
+            drawn = [batch.with_batch(codes[int(torch.randint(len(codes), ()))]) for _ in range(n_samples)]
+            x = [select_genes(draw_rates(model, one), genes).distribution().sample() for one in drawn]
             yield {"x": x[0] if n_samples == 1 else torch.stack(x, -1)}
 
     if out is not None:
@@ -146,8 +148,8 @@ def get_likelihood_parameters(
     def ask(batch: Batch, q: Posterior, z: Tensor) -> Parts:
         return parameters_of(model.module.decode(z, draw_library(model, batch, q, n_draws(z)), batch))
 
-    cells = find_cells(model, adata, indices)
-    return ask_cells(model, *cells, ask, n_samples=n_samples, average=give_mean, batch_size=batch_size, out=out)
+    how = How(n_samples=n_samples, average=give_mean, batch_size=batch_size)
+    return ask_cells(model, find_cells(model, adata, indices), ask, how, out)
 
 
 def parameters_of(rates: Rates) -> Parts:
@@ -199,43 +201,52 @@ def get_feature_correlation_matrix(
     ValueError
         If a batch or the type is unknown, a number out of range, or there are fewer than two cells.
     """
+
+    def rates_of(z: Tensor, library_n: Tensor, batch: Batch) -> Tensor:
+        return denoised(model.module.decode(z, library_n, batch))
+
+    how = How(model._batch_codes(transform_batch), n_samples, batch_size=batch_size, silent=silent)
+    return correlate(model, adata, indices, rates_of, model._gene_names, how, rna_size_factor, correlation_type)
+
+
+def correlate(
+    model: Model,
+    adata: Data | None,
+    indices: Any,
+    rates_of: Callable[[Tensor, Tensor, Batch], Tensor],
+    names: Sequence[str],
+    how: How,
+    size_factor: float,
+    kind: str,
+    transform: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> pd.DataFrame:
+    """Correlation of the rates of cells that all have one library size, averaged over batches and draws: (f, f)."""
     import pandas as pd
 
-    check_correlation(correlation_type, rna_size_factor, n_samples)
-    codes = model._batch_codes(transform_batch)
-    adata, rows = find_cells(model, adata, indices)
-    check_several(rows)
-    names, n_genes = model._gene_names, model.module.config.n_genes
-    total_gg = np.zeros((n_genes, n_genes))
-    rate = np.empty((len(rows), n_genes), dtype=np.float32)
-    for code in codes:
-        for _ in range(n_samples):
-            for cells, batch in minibatches(model, adata, rows, minibatch_size(batch_size, n_genes), silent):
-                library_n = torch.full_like(batch.total_n, float(rna_size_factor)).log()
-                rate[cells] = denoised(draw_rates(model, batch, code, library_n)).cpu().numpy()
-            total_gg += correlation(rate, correlation_type)
-    return pd.DataFrame(total_gg / (len(codes) * n_samples), index=names, columns=names)
-
-
-def check_correlation(kind: str, size_factor: float, n_samples: int) -> None:
-    """Refuse what ``get_feature_correlation_matrix`` cannot do."""
     check_choice(("spearman", "pearson"), correlation_type=kind)
     if not size_factor > 0:
         raise ValueError(f"rna_size_factor={size_factor!r}: a positive number is needed.")
-    check_whole(n_samples=n_samples)
+    cells = find_cells(model, adata, indices)
+    if len(cells.rows) < 2:
+        raise ValueError(f"indices: {len(cells.rows)} cells were given; a correlation needs at least two.")
+
+    def ask(batch: Batch, q: Posterior, z: Tensor) -> Parts:
+        return {"rate": rates_of(z, torch.full_like(batch.total_n, float(size_factor)).log(), batch)}
+
+    total_ff = np.zeros((len(names), len(names)))
+    for code in how.codes:
+        for _ in range(how.n_samples):
+            rate_nf = ask_cells(model, cells, ask, replace(how, codes=[code], n_samples=1))["rate"]
+            total_ff += correlation(rate_nf if transform is None else transform(rate_nf), kind)
+            del rate_nf  # before the next, which is as large
+    return pd.DataFrame(total_ff / (len(how.codes) * how.n_samples), index=names, columns=names)
 
 
-def check_several(rows: np.ndarray) -> None:
-    """Refuse a single cell, which correlates with nothing."""
-    if len(rows) < 2:
-        raise ValueError(f"indices: {len(rows)} cells were given; a correlation needs at least two.")
-
-
-def draw_rates(model: Model, batch: Batch, code: int | None = None, library_n: Tensor | None = None) -> Rates:
-    """Decode one draw from the posterior of each cell, as from one batch; with a drawn library if none is given."""
+def draw_rates(model: Model, batch: Batch) -> Rates:
+    """Decode one draw from the posterior of each cell."""
     q = model.module.encode(batch)
-    library_n = draw_library(model, batch, q) if library_n is None else library_n
-    return model.module.decode(q.sample_z(), library_n, batch.with_batch(code))
+    library_n = draw_library(model, batch, q)
+    return model.module.decode(q.sample_z(), library_n, batch)
 
 
 def denoised(rates: Rates) -> Tensor:

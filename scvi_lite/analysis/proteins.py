@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from scvi_lite.analysis import differential
-from scvi_lite.analysis.cells import Parts, ask_cells, check_samples, chosen, find_cells, frame, n_draws
+from scvi_lite.analysis.cells import Cells, How, Parts, ask_cells, check_samples, chosen, find_cells, frame, n_draws
 from scvi_lite.analysis.expression import check_library_size, expected, log_library
 from scvi_lite.analysis.inputs import gene_positions, positions_of
 from scvi_lite.analysis.output import Out, pair
@@ -127,16 +127,15 @@ def get_normalized_expression(
         return {"rna": expected(model, z, library_n, batch, genes), "protein": answer(model, y_np, proteins)}
 
     check_samples(n_samples, n_samples_overall)
-    adata, rows = find_cells(model, adata, indices, n_samples_overall)
-    values = ask_cells(
-        model, adata, rows, ask, codes, n_samples, return_mean,
-        draws_last=True, batch_size=batch_size, silent=silent, out=places,
-    )  # fmt: skip
+    cells = find_cells(model, adata, indices, n_samples_overall)
+    how = How(codes, n_samples, return_mean, draws_last=True, batch_size=batch_size, silent=silent)
+    values = ask_cells(model, cells, ask, how, places)
     names = {"rna": (model._gene_names, genes), "protein": (model.protein_names, proteins)}
-    for kind, value in values.items():
-        if not return_numpy and value.ndim == 2 and places[kind] is None:
-            values[kind] = frame(value, adata.obs_names[rows], *names[kind])
-    return values["rna"], values["protein"]
+    rna, protein = (
+        frame(value, cells.names, *names[kind], plain=return_numpy or places[kind] is not None)
+        for kind, value in values.items()
+    )
+    return rna, protein
 
 
 def get_protein_foreground_probability(
@@ -161,19 +160,21 @@ def get_protein_foreground_probability(
         (n, p) float32; (n, p, s) with ``return_mean=False`` and more than one sample. NaN for proteins that were
         measured in no cell.
     """
-    proteins, codes = protein_positions(model, protein_list), model._batch_codes(transform_batch)
+    codes = model._batch_codes(transform_batch)
+    how = How(codes, n_samples, return_mean, draws_last=True, batch_size=batch_size, silent=silent)
+    return foreground_probability(model, find_cells(model, adata, indices), how, protein_list, return_numpy)
+
+
+def foreground_probability(
+    model: Model, cells: Cells, how: How, protein_list: Sequence[str] | None, return_numpy: bool | None
+) -> pd.DataFrame | np.ndarray:
+    """Probability that each cell has each protein, asked in some way."""
+    proteins = protein_positions(model, protein_list)
 
     def ask(batch: Batch, q: Posterior, z: Tensor) -> Parts:
-        rates = model.module.decode_proteins(z, batch)
-        return {"probability": answer(model, rates.foreground_probability_np, proteins)}
+        return {"p": answer(model, model.module.decode_proteins(z, batch).foreground_probability_np, proteins)}
 
-    adata, rows = find_cells(model, adata, indices)
-    value = ask_cells(
-        model, adata, rows, ask, codes, n_samples, return_mean, draws_last=True, batch_size=batch_size, silent=silent
-    )["probability"]
-    if return_numpy or value.ndim == 3:
-        return value
-    return frame(value, adata.obs_names[rows], model.protein_names, proteins)
+    return frame(ask_cells(model, cells, ask, how)["p"], cells.names, model.protein_names, proteins, return_numpy)
 
 
 def get_protein_background_mean(
@@ -188,7 +189,7 @@ def get_protein_background_mean(
         rates = model.module.decode_proteins(z, batch)
         return {"mean": answer(model, (rates.back_loc_np + 0.5 * rates.back_scale_np**2).exp(), None)}
 
-    return ask_cells(model, *find_cells(model, adata, indices), ask, batch_size=batch_size)["mean"]
+    return ask_cells(model, find_cells(model, adata, indices), ask, How(batch_size=batch_size))["mean"]
 
 
 def differential_expression(
