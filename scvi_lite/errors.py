@@ -210,24 +210,16 @@ def check_whole(least: int = 1, **numbers: Any) -> None:
             raise ValueError(f"{name}={value!r}: a whole number of at least {least} is needed.")
 
 
-def check_number(least: float = 0, **numbers: Any) -> None:
-    """Refuse what is not a number of at least ``least``; None is left to the caller.
+def check_number(optional: bool = False, **numbers: Any) -> None:
+    """Refuse what is not a number of zero or more; ``optional`` ones may be None.
 
-    >>> check_number(delta=0.25, pseudocounts=None)
+    >>> check_number(lr=1e-3)
     """
     for name, value in numbers.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, Real) or not float(value) >= least):
-            raise ValueError(f"{name}={value!r}: a number of at least {least}, or None, is needed.")
-
-
-def check_not_negative(**numbers: Any) -> None:
-    """Refuse what is not a number of zero or more.
-
-    >>> check_not_negative(lr=1e-3)
-    """
-    for name, value in numbers.items():
-        if not (isinstance(value, Real) and float(value) >= 0):
-            raise ValueError(f"{name}={value!r}: a number of zero or more is needed.")
+        if value is None and optional:
+            continue
+        if isinstance(value, bool) or not (isinstance(value, Real) and float(value) >= 0):
+            raise ValueError(f"{name}={value!r}: a number of zero or more{', or None,' * optional} is needed.")
 
 
 def warn(message: str) -> None:

@@ -6,14 +6,13 @@ than another lies where the first has more cells (Boyeau et al., Nature Methods 
 
 from __future__ import annotations
 
-from numbers import Real
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from scvi_lite.analysis.importance import subset
-from scvi_lite.analysis.latent import log_density, posterior_parameters
+from scvi_lite.analysis.latent import check_dof, log_density, posterior_parameters
 from scvi_lite.data.columns import obs_column
 from scvi_lite.errors import UnknownKeyError, check_whole
 
@@ -82,8 +81,7 @@ def differential_abundance(
         raise UnknownKeyError("sample_key is needed: the column of adata.obs that names the sample of each cell.")
     if num_cells_posterior is not None:
         check_whole(num_cells_posterior=num_cells_posterior)
-    if dof is not None and not (isinstance(dof, Real) and dof > 0):
-        raise ValueError(f"dof={dof!r}: a positive number, or None for normal components, is needed.")
+    check_dof(dof)
     adata = model._check(adata)
     written_to = adata if adata_sub is None else adata_sub
     samples = obs_column(adata, "sample_key", sample_key).astype("category").cat.remove_unused_categories().cat

@@ -129,7 +129,7 @@ class Change:
 
     def __post_init__(self) -> None:
         check_choice(("two", "three"), test_mode=self.test_mode)
-        check_number(delta=self.delta, pseudocounts=self.pseudocounts)
+        check_number(True, delta=self.delta, pseudocounts=self.pseudocounts)
 
     def __call__(self, one: Draws, two: Draws, pairs: Pairs) -> Columns:
         """Columns of the result, (g,) each."""

@@ -195,9 +195,14 @@ def get_aggregated_posterior(
         If ``dof`` is not positive, or there are no cells.
     """
     model._warn_if_untrained()
+    check_dof(dof)
+    return mixture(*posterior_parameters(model, adata, indices, batch_size), dof)
+
+
+def check_dof(dof: Any) -> None:
+    """Refuse degrees of freedom that are neither positive nor None."""
     if dof is not None and not (isinstance(dof, Real) and dof > 0):
         raise ValueError(f"dof={dof!r}: a positive number, or None for normal components, is needed.")
-    return mixture(*posterior_parameters(model, adata, indices, batch_size), dof)
 
 
 def mixture(loc_nk: np.ndarray, scale_nk: np.ndarray, dof: float | None) -> MixtureSameFamily:

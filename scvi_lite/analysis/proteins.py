@@ -17,7 +17,7 @@ from scvi_lite.analysis.cells import Cells, How, Parts, ask_cells, check_samples
 from scvi_lite.analysis.expression import check_library_size, expected, log_library
 from scvi_lite.analysis.inputs import gene_positions, positions_of
 from scvi_lite.analysis.output import Out, pair
-from scvi_lite.errors import check_choice, check_not_negative
+from scvi_lite.errors import check_choice, check_number
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -241,7 +241,7 @@ def differential_expression(
         One row a gene or protein and comparison, with the columns of every model. A protein is called by its name and
         ``_protein``, since genes may have the same names.
     """
-    check_not_negative(protein_prior_count=protein_prior_count)
+    check_number(protein_prior_count=protein_prior_count)
     names_of = {"rna": model._gene_names, "protein": [f"{name}_protein" for name in model.protein_names]}
     asked = names_of if use_field is None else [use_field] if isinstance(use_field, str) else list(use_field)
     for kind in asked:

@@ -13,7 +13,7 @@ from scvi_lite.analysis import spots
 from scvi_lite.data.fields import Matrix, columns_of_obs
 from scvi_lite.data.genes import match_genes
 from scvi_lite.data.registry import find, setups_of
-from scvi_lite.errors import check_not_negative, check_options, listing, without_absent, without_needless
+from scvi_lite.errors import check_number, check_options, listing, without_absent
 from scvi_lite.model.base import Model, arguments_of
 from scvi_lite.model.reference import Reference, check_reference
 from scvi_lite.nn.deconvolution import SpotConfig, SpotModule
@@ -26,10 +26,9 @@ if TYPE_CHECKING:
 
 NETWORK_OPTIONS = (
     "amortization", "prior_mode", "n_states_per_label", "add_celltypes", "augmentation", "n_samples_augmentation",
-    "dropout_amortization", "n_latent_amortization",
+    "dropout_amortization", "eps_v", "n_latent_amortization",
 )  # fmt: skip
 ABSENT = {"dropout_decoder": "the decoder of the reference is held, without dropout"}
-NEEDLESS = {"eps_v": "the loss does not depend on it, nor does that of scvi-tools"}
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class DestVIPlan(Plan):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_not_negative(**self.loss_options)
+        check_number(**self.loss_options)
 
 
 class DestVI(Model):
@@ -91,8 +90,9 @@ class DestVI(Model):
         mixture of ``n_states_per_label`` (3) states in a spot, whose prior counts by the share of the type; or
         ``"normal"``, in one state. ``add_celltypes``: extra cell types that the reference lacks (1). ``augmentation``:
         train the network of proportions on spots mixed with simulated ones too (off), ``n_samples_augmentation`` (2)
-        for each. ``dropout_amortization`` of the network of states (0.03). ``n_latent_amortization``: dimensions of a
-        latent space of the spots which the networks read instead of the counts.
+        for each. ``dropout_amortization`` of the network of states (0.03). ``eps_v``: in training each cell type counts
+        by so much more than its share (0.002). ``n_latent_amortization``: dimensions of a latent space of the spots
+        which the networks read instead of the counts.
 
     Raises
     ------
@@ -134,7 +134,7 @@ class DestVI(Model):
     def __init__(self, st_adata: AnnData, reference: Reference, **network_options: Any):
         if not isinstance(reference, Reference):
             raise TypeError("A DestVI is made from a model of single cells: DestVI.from_rna_model(st_adata, sc_model).")
-        network_options = without_absent("DestVI", without_needless(network_options, NEEDLESS), ABSENT)
+        network_options = without_absent("DestVI", network_options, ABSENT)
         super().__init__(st_adata, reference.sizes | network_options, (*reference.sizes, *NETWORK_OPTIONS))
         reference.fill(self.module)
 

@@ -12,7 +12,7 @@ from scvi_lite.analysis import importance, joint, latent, minify, proteins
 from scvi_lite.data.fields import Categorical, Field, Matrix, columns_of_obs
 from scvi_lite.data.modalities import read_modalities
 from scvi_lite.data.proteins import Proteins
-from scvi_lite.errors import as_options, check_flag, check_not_negative
+from scvi_lite.errors import as_options, check_flag, check_number
 from scvi_lite.model import query
 from scvi_lite.model.base import arguments_of
 from scvi_lite.model.questions import CellModel
@@ -55,7 +55,7 @@ class TotalPlan(AdversarialPlan):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_not_negative(pro_recons_weight=self.pro_recons_weight)
+        check_number(pro_recons_weight=self.pro_recons_weight)
 
 
 class TOTALVI(CellModel):

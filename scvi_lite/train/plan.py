@@ -12,7 +12,6 @@ from scvi_lite.errors import (
     as_options,
     check_choice,
     check_flag,
-    check_not_negative,
     check_number,
     check_options,
     without_absent,
@@ -92,7 +91,7 @@ class Plan:
     def __post_init__(self) -> None:
         flags = ("scale_lr", "reduce_lr_on_plateau", "compile", "cuda_graph")
         check_flag(**{name: getattr(self, name) for name in flags})
-        check_number(n_epochs_kl_warmup=self.n_epochs_kl_warmup, n_steps_kl_warmup=self.n_steps_kl_warmup)
+        check_number(True, n_epochs_kl_warmup=self.n_epochs_kl_warmup, n_steps_kl_warmup=self.n_steps_kl_warmup)
         check_choice(("Adam", "AdamW", "Custom"), optimizer=self.optimizer)
         if (self.optimizer == "Custom") != (self.optimizer_creator is not None):
             raise ValueError("optimizer='Custom' and optimizer_creator belong together: give both, or neither.")
@@ -108,7 +107,7 @@ class Plan:
         if not (isinstance(self.eps, Real) and self.eps > 0):
             raise ValueError(f"eps={self.eps!r}: a positive number is needed.")
         not_negative = ("lr", "weight_decay", "min_kl_weight", "max_kl_weight", "lr_patience", "lr_threshold", "lr_min")
-        check_not_negative(**{name: getattr(self, name) for name in not_negative})
+        check_number(**{name: getattr(self, name) for name in not_negative})
         if self.min_kl_weight > self.max_kl_weight:
             raise ValueError(f"min_kl_weight={self.min_kl_weight} is above max_kl_weight={self.max_kl_weight}.")
         if not (isinstance(self.lr_factor, Real) and 0 < self.lr_factor < 1):
@@ -193,7 +192,7 @@ class SemiSupervisedPlan(AdversarialPlan):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_not_negative(**self.loss_options)
+        check_number(**self.loss_options)
 
 
 def make_plan(defaults: Plan, options: Mapping[str, Any] | None) -> Plan:
