@@ -199,7 +199,7 @@ def get_aggregated_posterior(
     return mixture(*posterior_parameters(model, adata, indices, batch_size), dof)
 
 
-def check_dof(dof: Any) -> None:
+def check_dof(dof: float | None) -> None:
     """Refuse degrees of freedom that are neither positive nor None."""
     if dof is not None and not (isinstance(dof, Real) and dof > 0):
         raise ValueError(f"dof={dof!r}: a positive number, or None for normal components, is needed.")

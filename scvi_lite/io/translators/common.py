@@ -32,10 +32,18 @@ class Setup:
     n_labels: int = 1
     has_depth: bool = False
 
-    def covariates(self, with_batch: bool = True) -> list[int]:
+    def covariates(self) -> list[int]:
         """Number of one-hot columns of each covariate that has some."""
-        one_hot = with_batch and self.arguments.get("batch_representation", "one-hot") == "one-hot"
+        one_hot = self.arguments.get("batch_representation", "one-hot") == "one-hot"
         return [n for n in ((self.n_batches,) if one_hot else ()) + self.n_cats if n > 1]
+
+    def encoded_covariates(self, by_default: bool = False) -> list[int]:
+        """The same of the covariates that an encoder reads: all, or none."""
+        return self.covariates() if self.arguments.get("encode_covariates", by_default) else []
+
+    def latent_library(self, by_default: bool = False) -> bool:
+        """Whether the library size is inferred, where the model can do so."""
+        return not (self.arguments.get("use_observed_lib_size", not by_default) or self.has_size_factor)
 
 
 def hidden(theirs: str, ours: str) -> Rules:
@@ -55,6 +63,28 @@ def encoder(theirs: str, ours: str) -> Rules:
     ]
 
 
+def library(is_latent: bool, rules: Rules, name: str = "l_encoder") -> Rules:
+    """Rules for the encoder of the library, given for where it is latent, and for its prior."""
+    return [
+        *(rules if is_latent else [(name, None)]),
+        ("library_log_means", "library_prior_loc" if is_latent else None),
+        ("library_log_vars", "library_prior_var" if is_latent else None),
+    ]
+
+
+def counts(theirs: str, arguments: Mapping[str, Any]) -> Rules:
+    """Rules for a decoder of counts, and their dispersions."""
+    likelihood, by_cell = arguments.get("gene_likelihood", "zinb"), arguments.get("dispersion", "gene") == "gene-cell"
+    poisson = likelihood == "poisson"
+    return [
+        *hidden(rf"{theirs}\.px_decoder", "decoder"),
+        (rf"{theirs}\.px_scale_decoder\.0", "decoder.scale"),
+        (rf"{theirs}\.px_dropout_decoder", "decoder.dropout" if likelihood == "zinb" else None),
+        (rf"{theirs}\.px_r_decoder", "decoder.dispersion" if by_cell and not poisson else None),
+        ("px_r", None if by_cell or poisson else "log_theta"),
+    ]
+
+
 def rename(weights: dict[str, Any], rules: Rules) -> dict[str, Tensor]:
     """The tensors under our names, by the first rule that fits the beginning of a name.
 
@@ -68,6 +98,7 @@ def rename(weights: dict[str, Any], rules: Rules) -> dict[str, Tensor]:
         No rule fits a tensor.
     """
     state, strange = {}, []
+    rules = [*rules, ("pyro_param_store", None)]
     for name, tensor in weights.items():
         matches = ((re.match(rf"{theirs}(?=\.|$)", name), ours) for theirs, ours in rules)
         match, ours = next(((match, ours) for match, ours in matches if match), (None, None))

@@ -14,7 +14,6 @@ DECODER: Rules = [
     ("per_ct_bias", "decoder.label_bias_lg"),
     ("px_r", "log_theta"),
     (r"_embeddings_dict\.batch", "batch_embedding"),
-    ("pyro_param_store", None),
 ]
 
 

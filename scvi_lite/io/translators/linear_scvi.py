@@ -6,24 +6,20 @@ from typing import Any
 
 from torch import Tensor
 
-from scvi_lite.io.translators.common import Rules, Setup, encoder, in_rows, rename, split_columns
+from scvi_lite.io.translators.common import Rules, Setup, encoder, in_rows, library, rename, split_columns
 
 
 def translate(weights: dict[str, Any], setup: Setup) -> dict[str, Tensor]:
     """LinearSCVI: encoder, perhaps a library encoder, linear decoder, dispersion."""
     likelihood = setup.arguments.get("gene_likelihood", "nb")
-    latent_library = not setup.arguments.get("use_observed_lib_size", False)
     rules: Rules = [
         *encoder("z_encoder", "encoder"),
-        *(encoder("l_encoder", "library_encoder") if latent_library else [("l_encoder", None)]),
-        ("library_log_means", "library_prior_loc" if latent_library else None),
-        ("library_log_vars", "library_prior_var" if latent_library else None),
+        *library(setup.latent_library(by_default=True), encoder("l_encoder", "library_encoder")),
         *_linear_map("factor_regressor", "decoder.scale"),
         *(_linear_map("px_dropout_decoder", "decoder.dropout") if likelihood == "zinb" else []),
         (r"decoder\.px_dropout_decoder", None),
         ("px_r", None if likelihood == "poisson" else "log_theta"),
         (r"_embeddings_dict", None),
-        ("pyro_param_store", None),
     ]
     state = rename(weights, rules)
     for part in ("decoder.scale", "decoder.dropout"):

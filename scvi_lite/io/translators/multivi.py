@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from scvi_lite.io.translators.common import Rules, Setup, encoder, hidden, in_rows, rename, split_one_hot
+from scvi_lite.io.translators.common import Rules, Setup, counts, encoder, in_rows, rename, split_one_hot
 from scvi_lite.io.translators.peakvi import head
 from scvi_lite.io.translators.totalvi import protein_decoder, split_deep
 
@@ -28,8 +28,6 @@ TRANSPOSED = ("log_theta", "proteins.log_theta", "proteins.background_loc", "pro
 def translate(weights: dict[str, Any], setup: Setup) -> dict[str, Tensor]:
     """MULTIVI: encoders and decoders of each modality, size factors, dispersions, region factors."""
     arguments = setup.arguments
-    likelihood, by_cell = arguments.get("gene_likelihood", "zinb"), arguments.get("dispersion", "gene") == "gene-cell"
-    poisson = likelihood == "poisson"
     there = [len(weights[name]) > 0 for name in PARTS.values()]
     absent = [name for part, is_there in zip(PARTS, there) if not is_there for name in part]
     learned = arguments.get("modality_weights", "equal") != "equal"
@@ -40,20 +38,14 @@ def translate(weights: dict[str, Any], setup: Setup) -> dict[str, Tensor]:
         *encoder("z_encoder_accessibility", "encoder_accessibility"),
         *([("l_encoder_expression", None)] if setup.has_size_factor else library),
         *([("l_encoder_accessibility", None)] if setup.has_depth else head("l_encoder_accessibility", "depth_encoder")),
-        *hidden(r"z_decoder_expression\.px_decoder", "decoder"),
-        (r"z_decoder_expression\.px_scale_decoder\.0", "decoder.scale"),
-        (r"z_decoder_expression\.px_dropout_decoder", "decoder.dropout" if likelihood == "zinb" else None),
-        (r"z_decoder_expression\.px_r_decoder", "decoder.dispersion" if by_cell and not poisson else None),
+        *counts("z_decoder_expression", arguments),
         *head("z_decoder_accessibility", "decoder_accessibility"),
-        ("px_r", None if by_cell or poisson else "log_theta"),
         ("region_factors", "factor_r"),
         ("mod_weights", "weight_logit" if learned else None),
         *proteins(),
-        ("pyro_param_store", None),
     ]
     state = rename(weights, rules)
-    in_decoder = setup.covariates()
-    in_encoder = in_decoder if arguments.get("encode_covariates", False) else []
+    in_encoder, in_decoder = setup.encoded_covariates(), setup.covariates()
     covariates = dict.fromkeys(ENCODERS, in_encoder) | dict.fromkeys(DECODERS, in_decoder)
     state = split_one_hot(state, covariates, deeply=arguments.get("deeply_inject_covariates", False))
     state = split_one_hot(state, dict.fromkeys(DEEP_ENCODERS, in_encoder))

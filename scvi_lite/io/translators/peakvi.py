@@ -18,9 +18,8 @@ def translate(weights: dict[str, Any], setup: Setup) -> dict[str, Tensor]:
         *head("z_decoder", "decoder"),
         *(head("d_encoder", "depth_encoder") if depth else [("d_encoder", None)]),
         ("region_factors", "factor_r"),
-        ("pyro_param_store", None),
     ]
-    in_encoder = setup.covariates() if arguments.get("encode_covariates", False) else []
+    in_encoder = setup.encoded_covariates()
     state = split_one_hot(rename(weights, rules), {"encoder": in_encoder})  # which enter each of its layers
     state = split_one_hot(state, {"depth_encoder": in_encoder}, deeply=False)
     deeply = arguments.get("deeply_inject_covariates", False)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from scvi_lite.io.translators.common import Rules, Setup, hidden, in_rows, rename, split_columns, split_one_hot
+from scvi_lite.io.translators.common import Rules, Setup, hidden, in_rows, library, rename, split_columns, split_one_hot
 
 TRANSPOSED = ("background_loc", "background_log_scale", "log_efficiency", "log_theta", "protein_log_theta")
 PARTS = {"py_back_decoder": "back", "py_fore_decoder": "fore", "sigmoid_decoder": "mixing"}
@@ -21,17 +21,13 @@ PROTEIN_HEADS = {
 
 def translate(weights: dict[str, Any], setup: Setup) -> dict[str, Tensor]:
     """TOTALVI: encoder, decoders of genes and of the three parts of proteins, priors, dispersions."""
-    arguments = setup.arguments
-    latent_library = not (arguments.get("use_observed_lib_size", True) or setup.has_size_factor)
-    zinb = arguments.get("gene_likelihood", "nb") == "zinb"
+    zinb = setup.arguments.get("gene_likelihood", "nb") == "zinb"
     dropout = head(r"decoder\.px_dropout_decoder_gene", "decoder.dropout")
     rules: Rules = [
         *hidden(r"encoder\.encoder", "encoder"),
         (r"encoder\.z_mean_encoder", "encoder.loc"),
         (r"encoder\.z_var_encoder", "encoder.log_var"),
-        *(library_encoder() if latent_library else [(r"encoder\.l_gene\w*", None)]),
-        ("library_log_means", "library_prior_loc" if latent_library else None),
-        ("library_log_vars", "library_prior_var" if latent_library else None),
+        *library(setup.latent_library(), library_encoder(), r"encoder\.l_gene\w*"),
         *hidden(r"decoder\.px_decoder", "decoder"),
         head(r"decoder\.px_scale_decoder", "decoder.scale"),
         dropout if zinb else (r"decoder\.px_dropout_decoder_gene", None),
@@ -41,11 +37,9 @@ def translate(weights: dict[str, Any], setup: Setup) -> dict[str, Tensor]:
         ("background_pro_alpha", "background_loc"),
         ("background_pro_log_beta", "background_log_scale"),
         ("log_per_batch_efficiency", "log_efficiency"),
-        ("pyro_param_store", None),
     ]
     state = rename(weights, rules)
-    in_encoder = setup.covariates() if arguments.get("encode_covariates", True) else []
-    in_decoder = setup.covariates()
+    in_encoder, in_decoder = setup.encoded_covariates(by_default=True), setup.covariates()
     state = split_one_hot(state, {"encoder": in_encoder, "library_encoder": in_encoder, "decoder": in_decoder})
     state = split_deep(state, r"protein_decoder\..*|decoder\.(scale|dropout)", in_decoder)
     return in_rows(state, TRANSPOSED)
