@@ -151,6 +151,42 @@ def test_latent_space_of_spots(sc_model):
         DestVI.from_rna_model(spots(), sc_model).get_latent_representation()
 
 
+@pytest.mark.parametrize("n_layers", [1, 3])
+def test_networks_are_those_of_scvi_tools(n_layers):
+    """What finds proportions, and the latent space, is as deep as the reference; the latter is told the batch."""
+    adata = spots()
+    DestVI.setup_anndata(adata, batch_key="batch")
+    model = DestVI.from_rna_model(adata, reference(n_layers=n_layers), n_latent_amortization=4)
+    parts = model.module.proportions.hidden, model.module.states.hidden, model.module.encoder.hidden
+    assert [len(part.blocks) for part in parts] == [n_layers, 2, n_layers]
+    assert [len(part.blocks[0].linear.tables) for part in parts] == [0, 0, 1]
+    (batch,) = model._minibatches()
+    _, scale_nk = model.module.posterior(batch.x.x_ng.log1p(), batch)
+    h = model.module.encoder.hidden(batch.x.x_ng.log1p(), [batch.batch_n])
+    variance_nk = torch.nn.functional.softplus(model.module.encoder.log_var(h)) + 1e-4
+    torch.testing.assert_close(scale_nk**2, variance_nk, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("eps_v", [0.0, 0.01])
+def test_no_cell_type_is_out_of_reach(sc_model, eps_v):
+    """In training, each type counts by a little more than its share."""
+    model = DestVI.from_rna_model(spots(), sc_model, dropout_amortization=0.0, eps_v=eps_v)
+    (batch,) = model._minibatches()
+    module = model.module
+    kinds = dict(zip("ab", (module.infer(batch), module.mean(module.infer(batch), batch)), strict=True))
+    each_nlg = module.expression(kinds["a"], batch, module.label_l)
+    each_ntg = torch.cat([each_nlg, module.eta_ag.softmax(-1).expand(len(each_nlg), -1, -1)], 1)
+    module.train()
+    for eps, mean_ng in ((0.0, kinds["b"]), (eps_v, module.mean(kinds["a"], batch))):
+        expected_ng = ((kinds["a"].proportion_nt[..., None] + eps) * each_ntg).sum(1)
+        torch.testing.assert_close(mean_ng, expected_ng, rtol=1e-5, atol=1e-8)
+    mu_ng = batch.library_n.exp()[:, None] * mean_ng
+    from scvi_lite.distributions import NegativeBinomial
+
+    log_p_n = NegativeBinomial(mu=mu_ng, theta=module.log_theta.exp()).log_prob(batch.x.x_ng).sum(-1)
+    torch.testing.assert_close(module.loss(batch).reconstruction, -log_p_n.sum(), rtol=1e-5, atol=0)
+
+
 def test_fine_cell_types(sc_model):
     model = DestVI.from_rna_model(spots(), sc_model)
     model.train(max_epochs=1, **SILENT)
@@ -266,8 +302,7 @@ def test_spots_with_their_own_parameters_are_not_held_out(sc_model, options):
     model = DestVI.from_rna_model(spots(), sc_model, amortization="latent")
     with pytest.raises(ValueError, match="would stay random.*amortization='both'"):
         model.train(max_epochs=1, **options, **SILENT)
-    with pytest.warns(UserWarning, match="eps_v has no effect"):
-        model = DestVI.from_rna_model(spots(), sc_model, eps_v=0.01)
+    model = DestVI.from_rna_model(spots(), sc_model)
     model.train(max_epochs=1, **({"train_size": 0.9} | options), **SILENT)
     assert "validation_loss" in model.history
 

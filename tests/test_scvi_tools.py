@@ -18,7 +18,7 @@ from scvi_lite.analysis.minify import WITH_COUNTS
 from scvi_lite.io.folder import read_folder, write_folder
 from scvi_lite.io.plain_pickle import read_plain
 from scvi_lite.io.scvi_tools import is_scvi_tools_folder, read_scvi_tools
-from scvi_lite.io.translators import TRANSLATORS
+from scvi_lite.io.translators import ARGUMENTS, TRANSLATORS
 from scvi_lite.model import SCVI
 
 N_GENES, N_HIDDEN, N_LATENT, N_BATCHES, N_SITES = 4, 5, 2, 3, 2
@@ -375,3 +375,17 @@ def test_recorded_models_are_plain_data(case):
     assert given["setup"].items() <= saved.registry["setup_args"].items()
     write_folder("ours", saved)
     assert_same(saved, read_folder("ours"))
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [("mog", "mog"), ("vamp", "normal"), ("normal", "normal")])
+def test_priors_that_are_the_standard_normal(theirs, ours):
+    """Those of CondSCVI of scvi-tools are, whatever they are called, unless they are mixtures."""
+    assert ARGUMENTS["CondSCVI"]({"n_latent": 3, "prior": theirs}) == {"n_latent": 3, "prior": ours}
+
+
+def test_states_that_were_mixed_up():
+    """A normal prior of the states of spots, with a network that finds them."""
+    theirs = {"mean_vprior": torch.zeros(2, 5, 3), "prior_mode": "normal"}
+    with pytest.warns(UserWarning, match="its proportions hold, its states do not"):
+        ARGUMENTS["DestVI"](theirs)
+    assert ARGUMENTS["DestVI"](theirs | {"amortization": "proportion"})["n_components"] == 5

@@ -220,7 +220,8 @@ def get_latent_representation(
         )
     model._warn_if_untrained()
     posteriors = [
-        model.module.encoder(batch.x.map(torch.log1p)) for batch in model._minibatches(adata, indices, batch_size)
+        model.module.posterior(batch.x.map(torch.log1p), batch)
+        for batch in model._minibatches(adata, indices, batch_size)
     ]
     if return_dist:
         return to_numpy([loc for loc, _ in posteriors]), to_numpy([scale**2 for _, scale in posteriors])

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scvi_lite.data.batch import Batch
+from scvi_lite.data.batch import Batch, Counts
 from scvi_lite.errors import check_whole
 from scvi_lite.nn.conditional import ConditionalDecoder, LabelMixture, normed
 from scvi_lite.nn.config import Config
@@ -46,12 +46,13 @@ class SpotConfig(Config):
     augmentation: bool = False
     n_samples_augmentation: int = 2
     dropout_amortization: float = 0.03
+    eps_v: float = 0.002
     n_latent_amortization: int | None = None
 
     choices = {"amortization": ("none", "latent", "proportion", "both"), "prior_mode": ("mog", "normal")}
     sizes = ("n_states_per_label", "n_samples_augmentation")
     switches = ("augmentation",)
-    rates = ("dropout_amortization",)
+    rates = ("dropout_amortization", "eps_v")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,11 +83,12 @@ class PerSpot(nn.Module):
     from it, and the mean over ranks is the gradient of the mean over the minibatches of all.
     """
 
-    def __init__(self, config: SpotConfig, n_out: int, amortized: bool, dropout_rate: float):
+    def __init__(self, config: SpotConfig, n_out: int, amortized: bool, n_layers: int, dropout_rate: float):
         super().__init__()
         c, self.amortized = config, amortized
         if amortized:
-            self.hidden = normed(c.n_latent_amortization or c.n_genes, c.n_hidden, 2, dropout_rate=dropout_rate)
+            n_in = c.n_latent_amortization or c.n_genes
+            self.hidden = normed(n_in, c.n_hidden, n_layers, dropout_rate=dropout_rate)
             self.head = nn.Linear(c.n_hidden, n_out)
         else:
             self.table = nn.Parameter(torch.randn(c.n_spots, n_out))
@@ -132,11 +134,13 @@ class SpotModule(Module):
         self.register_buffer("prior_var_lpk", torch.ones(*components, c.n_latent))
         self.register_buffer("prior_weight_lp", torch.full(components, 1 / c.n_components))
         if c.n_latent_amortization and (c.amortizes_proportions or c.amortizes_states):
-            self.encoder = Encoder(normed(c.n_genes, c.n_hidden, 2), c.n_hidden, c.n_latent_amortization)
-        self.proportions = PerSpot(c, c.n_labels + c.add_celltypes, c.amortizes_proportions, 0.0)
+            n_cats = [c.n_batches] if c.n_batches > 1 else []
+            hidden = normed(c.n_genes, c.n_hidden, c.n_layers, n_cats, c.dropout_amortization)
+            self.encoder = Encoder(hidden, c.n_hidden, c.n_latent_amortization, "softplus")
+        self.proportions = PerSpot(c, c.n_labels + c.add_celltypes, c.amortizes_proportions, c.n_layers, 0.0)
         n_shares = c.n_states * c.n_labels if c.n_states > 1 else 0
         n_places = c.n_states * c.n_latent * c.n_labels
-        self.states = PerSpot(c, n_places + n_shares, c.amortizes_states, c.dropout_amortization)
+        self.states = PerSpot(c, n_places + n_shares, c.amortizes_states, 2, c.dropout_amortization)
 
     # What a spot is made of -------------------------------------------------------------------------------------------
 
@@ -145,18 +149,22 @@ class SpotModule(Module):
         """Whether the networks read a latent space of the spots instead of their counts."""
         return bool(self.config.n_latent_amortization) and self.config.amortization != "none"
 
-    def read(self, x_ng: Tensor) -> tuple[Tensor, Tensor | float]:
+    def posterior(self, x: Tensor | Counts, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latent space of the spots, (n, k) each, from the logarithm of counts."""
+        return self.encoder(x, [batch.batch_n] if self.config.n_batches > 1 else ())
+
+    def read(self, x_ng: Tensor, batch: Batch) -> tuple[Tensor, Tensor | float]:
         """What the networks read of counts, and its KL (n,)."""
         if not self.has_encoder:
             return x_ng.log1p(), 0.0
-        loc_nk, scale_nk = self.encoder(x_ng.log1p())
+        loc_nk, scale_nk = self.posterior(x_ng.log1p(), batch)
         kl_n = kl_normal(loc_nk, scale_nk).sum(-1)
         return (draw_normal(loc_nk, scale_nk) if self.training else loc_nk), kl_n
 
     def infer(self, batch: Batch) -> Spots:
         """Proportions and states of each spot."""
         c = self.config
-        x, kl_input_n = self.read(batch.x.x_ng)  # dense: most genes have counts in a spot
+        x, kl_input_n = self.read(batch.x.x_ng, batch)  # dense: most genes have counts in a spot
         proportion_nt = self.proportions(x, batch.row_n).softmax(-1)
         flat = self.states(x, batch.row_n)
         n_places = c.n_states * c.n_latent * c.n_labels
@@ -185,8 +193,12 @@ class SpotModule(Module):
         return mean_softmax(decoder.units(z_nslk, self.label_l, dense_nd), decoder.scale.weight, bias_lg, share_nsl)
 
     def mean(self, spots: Spots, batch: Batch) -> Tensor:
-        """Expected proportions of genes in each spot, from those in its cell types: (n, g)."""
-        share_nl, share_na = spots.proportion_nt.tensor_split([self.config.n_labels], dim=1)
+        """Expected proportions of genes in each spot, from those in its cell types: (n, g).
+
+        In training each type counts by ``eps_v`` more, so that none is out of reach.
+        """
+        share_nt = spots.proportion_nt + self.config.eps_v if self.training else spots.proportion_nt
+        share_nl, share_na = share_nt.tensor_split([self.config.n_labels], dim=1)
         scale_ng = self.mixed(spots.z_nslk, share_nl[:, None] * spots.state_nsl, batch)
         return scale_ng if self.eta_ag is None else scale_ng + share_na @ self.eta_ag.softmax(-1)
 
@@ -217,7 +229,8 @@ class SpotModule(Module):
         spots = self.infer(batch)
         scale_ng = self.mean(spots, batch)
         logit_ng = scale_ng.clamp(min=torch.finfo(scale_ng.dtype).tiny).log()
-        reconstruction_n = -Rates("nb", logit_ng, batch.library_n, self.log_theta).log_likelihood(batch.x)
+        library_n = batch.library_n + scale_ng.sum(-1).log()  # in training, shares sum to a little more than 1
+        reconstruction_n = -Rates("nb", logit_ng, library_n, self.log_theta).log_likelihood(batch.x)
         kl_n = self.kl_states(spots)
         log_v_nt = spots.proportion_nt.clamp(min=1e-20).log()
         entropy_n = -(spots.proportion_nt * log_v_nt).sum(-1)
@@ -231,7 +244,7 @@ class SpotModule(Module):
             augmented_n = self.augmented(batch, spots)
             total = total + weighting_augmentation * augmented_n.mean()
         if batch.smoothed is not None:
-            around_nt = self.proportions(self.read(batch.smoothed.x_ng)[0], batch.row_n).log_softmax(-1)
+            around_nt = self.proportions(self.read(batch.smoothed.x_ng, batch)[0], batch.row_n).log_softmax(-1)
             total = total + weighting_smoothing * F.kl_div(log_v_nt, around_nt, reduction="batchmean", log_target=True)
         extra = {"v_sparsity": penalty_n.sum(), "augmentation": augmented_n.sum()}
         return Loss(total, reconstruction_n.sum(), kl_n.sum(), batch.n_cells, extra)
@@ -266,7 +279,7 @@ class SpotModule(Module):
                 target_nt[:, : c.n_labels] += mix_n1 * share_nl
                 counts_ng = torch.poisson(mix_n1 * total_n1 * scale_ng)
                 mixed_ng = (1 - mix_n1) * x_ng + counts_ng
-            found_nt = self.proportions(self.read(mixed_ng)[0], batch.row_n).log_softmax(-1)
+            found_nt = self.proportions(self.read(mixed_ng, batch)[0], batch.row_n).log_softmax(-1)
             cost_n = cost_n + F.kl_div(found_nt, target_nt, reduction="none").sum(-1)
         return cost_n / c.n_samples_augmentation
 

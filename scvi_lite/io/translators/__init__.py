@@ -23,6 +23,7 @@ TRANSLATORS: dict[str, Callable[[dict[str, Any], Setup], dict[str, Tensor]]] = {
 
 #: For a model whose constructor takes other arguments there, or means something else by them.
 ARGUMENTS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "CondSCVI": condscvi.arguments,
     "DestVI": destvi.arguments,
     "TOTALVI": totalvi.arguments,
 }

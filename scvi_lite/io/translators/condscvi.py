@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +16,11 @@ DECODER: Rules = [
     ("px_r", "log_theta"),
     (r"_embeddings_dict\.batch", "batch_embedding"),
 ]
+
+
+def arguments(theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """There, every prior that is no mixture is the standard normal, whatever its name."""
+    return {**theirs} if theirs.get("prior") == "mog" else {**theirs, "prior": "normal"}
 
 
 def translate(weights: dict[str, Any], setup: Setup) -> dict[str, Tensor]:

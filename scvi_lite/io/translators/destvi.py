@@ -7,12 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
+from scvi_lite.errors import warn
 from scvi_lite.io.translators.common import Rules, Setup, encoder, hidden, rename, split_one_hot
 from scvi_lite.io.translators.condscvi import DECODER
 
 ARGUMENTS = (
     "cell_type_mapping", "n_hidden", "n_latent", "n_layers", "amortization", "prior_mode", "n_states_per_label",
-    "add_celltypes", "augmentation", "n_samples_augmentation", "dropout_amortization", "n_latent_amortization",
+    "add_celltypes", "augmentation", "n_samples_augmentation", "dropout_amortization", "eps_v",
+    "n_latent_amortization",
 )  # fmt: skip
 
 
@@ -20,6 +22,11 @@ def arguments(theirs: Mapping[str, Any]) -> dict[str, Any]:
     """Sizes and options; there the weights of the reference are arguments, too."""
     if theirs.get("mean_vprior") is None:
         raise ValueError("it has no prior of cell types from single cells, and was not made by from_rna_model")
+    if theirs.get("prior_mode", "mog") == "normal" and theirs.get("amortization", "both") in ("both", "latent"):
+        warn(
+            "The network of this DestVI learned states of cell types with prior_mode='normal', with which scvi-tools "
+            "mixes up the spots of a minibatch: its proportions hold, its states do not. Train it anew for those."
+        )
     given = {name: theirs[name] for name in ARGUMENTS if name in theirs}
     return given | {"n_components": theirs["mean_vprior"].shape[1]}
 
@@ -53,4 +60,5 @@ def translate(weights: dict[str, Any], setup: Setup) -> dict[str, Tensor]:
         n_places = options["n_latent"] * n_labels
         for name in {"states.head.weight", "states.head.bias"} & state.keys():
             state[name] = state[name][:n_places]
-    return split_one_hot(state, {"decoder": [n_labels] if n_labels > 1 else []})
+    sizes = {"decoder": n_labels, "encoder": setup.n_batches}
+    return split_one_hot(state, {network: [n] for network, n in sizes.items() if n > 1})
