@@ -116,6 +116,31 @@ INSTEAD: dict[str, dict[str, str]] = {
         "run_id": "name the run in a logger of Lightning: train(logger=...)",
         "run_name": "name the run in a logger of Lightning: train(logger=...)",
     },
+    "module": {
+        "px_r": "see log_theta, or get_likelihood_parameters() of the model",
+        "py_r": "see protein_log_theta",
+        "z_encoder": "see encoder, and call encode(batch)",
+        "l_encoder": "see library_encoder, and call encode(batch)",
+        "inference": "call encode(batch), which gives the posterior",
+        "generative": "call decode(z, library, batch), which gives the rates",
+        "sample": "call posterior_predictive_sample() of the model",
+        "marginal_ll": "call get_marginal_ll() of the model",
+        "classify": "call predict() of the model",
+        **dict.fromkeys(("library_log_means", "library_log_vars"), "see library_prior_loc and library_prior_var"),
+        **dict.fromkeys(
+            ("background_pro_alpha", "background_pro_log_beta"), "see background_loc and background_log_scale"
+        ),
+        **dict.fromkeys(
+            ("get_embedding", "init_embedding", "remove_embedding"), "call get_batch_representation() of the model"
+        ),
+        **dict.fromkeys(
+            ("dispersion", "gene_likelihood", "latent_distribution", "n_hidden", "n_input", "n_latent", "n_layers"),
+            "see config, which has the options of the network",
+        ),
+        **dict.fromkeys(("n_batch", "n_labels"), "see summary_stats of the model"),
+        "use_size_factor_key": "see registry['setup_args']['size_factor_key'] of the model",
+        "minified_data_type": "see minified_data_type of the model",
+    },
     "DestVI": dict.fromkeys(("differential_abundance", "get_normalized_expression"), SPOTS),
     "PEAKVI": dict.fromkeys(
         (

@@ -327,6 +327,32 @@ def test_cells_with_and_without_a_label():
     np.testing.assert_array_equal(model._labeled_indices, np.flatnonzero(~unknown))
 
 
+def test_scripts_that_say_which_cells_of_a_query_have_a_label():
+    adata = make_data()
+    scvi.model.SCANVI.setup_anndata(adata, labels_key="labels", unlabeled_category="label_1")
+    reference = scvi.model.SCANVI(adata, n_hidden=8)
+    reference.train(1, **SILENT)
+    query = make_data()
+    query.obs["labels"] = "label_1"
+    model = scvi.model.SCANVI.load_query_data(query, reference)
+    model._unlabeled_indices, model._labeled_indices = np.arange(query.n_obs), []  # as they are
+    with pytest.warns(UserWarning, match=r"adata.obs\['labels'\]: cells of the category 'label_1' have none"):
+        reference._labeled_indices = []
+    assert len(reference._labeled_indices) == (adata.obs["labels"] != "label_1").sum()
+
+
+def test_metrics_and_parts_of_the_network_that_have_another_name(model):
+    with pytest.raises(KeyError, match="'train_loss_epoch' is not one of these. Did you mean 'train_loss'"):
+        model.history["train_loss_epoch"]
+    with pytest.raises(KeyError, match="Did you mean 'n_batch'"):
+        model.summary_stats["n_batches"]
+    with pytest.raises(AttributeError, match="no 'px_r', which scvi-tools has: see log_theta") as caught:
+        model.module.px_r  # noqa: B018
+    assert isinstance(caught.value, NotImplementedError) and not hasattr(model.module, "px_r")
+    with pytest.raises(AttributeError, match="no attribute 'log_thet'"):
+        model.module.log_thet  # noqa: B018
+
+
 def test_attributes_with_an_underscore_at_the_end(model):
     assert model.is_trained_ is True
     assert model.history_ is model.history

@@ -47,11 +47,14 @@ NUMBERS = {"extra_categorical_covs": "columns", "extra_continuous_covs": "column
 
 
 class Named(dict[str, Any]):
-    """Values by name, which may be read as attributes, too.
+    """Values by name, which may be read as attributes, too. A name that is not there is an error that lists them.
 
     >>> Named(n_cells=5).n_cells
     5
     """
+
+    def __missing__(self, name: str) -> NoReturn:
+        raise UnknownKeyError(unknown("name", name, self, "one of these", "Names"))
 
     def __getattr__(self, name: str) -> Any:
         if name not in self:

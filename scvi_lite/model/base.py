@@ -11,7 +11,6 @@ from inspect import isfunction, signature
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import pandas as pd
 import torch
 
 from scvi_lite._elsewhere import SaysInstead, no_attribute
@@ -25,6 +24,7 @@ from scvi_lite.data.fields import Columns, Field
 from scvi_lite.data.genes import match_genes
 from scvi_lite.data.modalities import check_anndata, is_mudata
 from scvi_lite.data.registry import Registry
+from scvi_lite.data.view import Named, SetupView
 from scvi_lite.errors import StateError, as_options, check_whole, warn, without_absent
 from scvi_lite.model import files, setup
 from scvi_lite.nn.module import Module
@@ -32,8 +32,6 @@ from scvi_lite.train.plan import Plan
 
 if TYPE_CHECKING:
     from anndata import AnnData
-
-    from scvi_lite.data.view import SetupView
 
 logger = logging.getLogger("scvi_lite")
 
@@ -104,7 +102,7 @@ class Model(metaclass=SaysInstead):
         self._arguments = {name: x.item() if isinstance(x, np.generic) else x for name, x in arguments.items()}
         self._var_names = registry.var_names(adata)
         self.is_trained = False
-        self._history: dict[str, pd.DataFrame] = {}
+        self._history = Named()
         self.train_indices: np.ndarray | None = None
         self.validation_indices: np.ndarray | None = None
         self.test_indices: np.ndarray | None = None
@@ -292,7 +290,7 @@ class Model(metaclass=SaysInstead):
             registries.note(self.registry, self.adata)
 
     @property
-    def history(self) -> dict[str, pd.DataFrame]:
+    def history(self) -> Named:
         """Metrics of the training: for each a frame with one column, indexed by epoch.
 
         ``elbo_*`` is the negative evidence lower bound per cell, in nats: lower is better.

@@ -11,6 +11,7 @@ from scvi_lite.analysis.minify import setup_for
 from scvi_lite.data.genes import match_genes
 from scvi_lite.data.modalities import is_mudata
 from scvi_lite.data.registry import Registry
+from scvi_lite.data.view import Named
 from scvi_lite.errors import without_absent, without_needless
 from scvi_lite.nn.module import Frozen
 from scvi_lite.train.devices import choose_device
@@ -212,7 +213,7 @@ def from_saved(
     if saved.frozen:
         model.module.freeze(Frozen.from_dict(saved.frozen, model.module))
         model._is_query = True
-    model.is_trained, model._history = saved.is_trained, saved.history
+    model.is_trained, model._history = saved.is_trained, Named(saved.history)
     for part, rows in saved.indices.items():
         setattr(model, f"{part}_indices", rows)
     return model

@@ -11,7 +11,7 @@ from scvi_lite.analysis import importance, labels, minify
 from scvi_lite.data.fields import Matrix, columns_of_obs
 from scvi_lite.data.labels import Labels
 from scvi_lite.data.supervision import Supervision
-from scvi_lite.errors import without_needless
+from scvi_lite.errors import warn, without_needless
 from scvi_lite.model import pretrained, query
 from scvi_lite.model.base import arguments_of
 from scvi_lite.model.questions import ExpressionModel
@@ -223,10 +223,27 @@ class SCANVI(ExpressionModel):
         """Rows of the cells with a label, which scripts for scvi-tools count."""
         return np.flatnonzero(self._has_label())
 
+    @_labeled_indices.setter
+    def _labeled_indices(self, rows: Sequence[int]) -> None:
+        self._check_labeled(rows, self._labeled_indices)
+
     @property
     def _unlabeled_indices(self) -> np.ndarray:
         """Rows of the cells without a label."""
         return np.flatnonzero(~self._has_label())
+
+    @_unlabeled_indices.setter
+    def _unlabeled_indices(self, rows: Sequence[int]) -> None:
+        self._check_labeled(rows, self._unlabeled_indices)
+
+    def _check_labeled(self, given: Sequence[int], found: np.ndarray) -> None:
+        """Scripts that map queries say which cells have a label; where the data say otherwise, they are told so."""
+        if not np.array_equal(np.sort(np.asarray(given, dtype=np.int64)), found):
+            key, unlabeled = self.registry.fields["label_n"]["key"], self.registry.categories("label_n")[-1]
+            warn(
+                f"Labels are those of adata.obs[{key!r}]: cells of the category {unlabeled!r} have none. Write it "
+                "there to train without the labels of some cells; what is given here has no effect."
+            )
 
     def _has_label(self) -> np.ndarray:
         return self.registry.read(self.adata, "label_n") < len(self.registry.categories("label_n")) - 1

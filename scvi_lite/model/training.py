@@ -16,6 +16,7 @@ from scvi_lite._settings import settings
 from scvi_lite.data.datamodule import CellDataModule, Split
 from scvi_lite.data.disk import load_for_training
 from scvi_lite.data.sampler import check_external, split_rows
+from scvi_lite.data.view import Named
 from scvi_lite.errors import as_options, check_options, check_whole, warn, without_needless
 from scvi_lite.train import options as asked
 from scvi_lite.train.checkpoint import Start, read_checkpoint
@@ -199,10 +200,10 @@ def _adopt(model: Model, task: Task, data: CellDataModule) -> None:
     task.last_good = None
     if not task.has_trained:
         return
-    model._history = {
-        name: pd.Series(values, dtype=np.float64).rename_axis("epoch").to_frame(name)
+    model._history = Named(
+        (name, pd.Series(values, dtype=np.float64).rename_axis("epoch").to_frame(name))
         for name, values in task.epoch_history.items()
-    }
+    )
     model.train_indices, model.validation_indices = data.split.train, data.split.validation
     model.test_indices = data.split.test
     model.is_trained = True

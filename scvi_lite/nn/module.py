@@ -9,7 +9,9 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
+from scvi_lite._elsewhere import instead_of
 from scvi_lite.data.batch import Batch
+from scvi_lite.errors import ElsewhereError
 
 
 @dataclass
@@ -68,6 +70,12 @@ class Module(nn.Module, ABC):
     """A neural module that :class:`~scvi_lite.train.task.Task` trains: tensors in, tensors out."""
 
     frozen = Frozen()
+
+    def __getattr__(self, name: str) -> Any:
+        """Parameters and parts; for a name of scvi-tools, an error that says what to use instead."""
+        if (message := instead_of("module", name)) is not None:
+            raise ElsewhereError(message, name=name)
+        return super().__getattr__(name)
 
     @property
     def per_cell(self) -> tuple[str, ...]:
