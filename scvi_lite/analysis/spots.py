@@ -220,7 +220,7 @@ def get_latent_representation(
         )
     model._warn_if_untrained()
     posteriors = [
-        model.module.posterior(batch.x.map(torch.log1p), batch)
+        model.module.posterior(batch.x.log1p(), batch)
         for batch in model._minibatches(adata, indices, batch_size)
     ]
     if return_dist:

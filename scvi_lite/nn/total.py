@@ -120,7 +120,7 @@ class TOTALVIModule(CountVAE):
         x = replace(batch.x, value_m=batch.x.value_m / depth_n[batch.x.row_m])
         y_np = y_np / (1 + y_np.mean(1, keepdim=True))
         if self.config.log_variational:
-            x, y_np = x.map(torch.log1p), y_np.log1p()
+            x, y_np = x.log1p(), y_np.log1p()
         codes, dense_nd = self.encoded_covariates(batch)
         return x, codes, y_np if dense_nd is None else torch.cat([y_np, dense_nd], -1)
 

@@ -217,7 +217,7 @@ class CountVAE(VAE):
 
     def inputs(self, batch: Batch) -> tuple[Counts, Sequence[Tensor], Tensor | None]:
         """What the encoder reads: the counts or their logarithm, codes and dense covariates."""
-        x = batch.x.map(torch.log1p) if self.config.log_variational else batch.x
+        x = batch.x.log1p() if self.config.log_variational else batch.x
         return x, *self.encoded_covariates(batch)
 
     def library(self, batch: Batch, posterior: Posterior) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 
 from scvi_lite.data.datamodule import CellDataModule
-from scvi_lite.train.callbacks import StopFlag, StopTogether, WarmEarlyStopping, handle_interrupts
+from scvi_lite.train.callbacks import SaveCheckpoint, StopFlag, StopTogether, WarmEarlyStopping, handle_interrupts
 from scvi_lite.train.checkpoint import AtomicCheckpointIO
 from scvi_lite.train.memory import kept_memory
 from scvi_lite.train.options import Stopping
@@ -85,7 +85,7 @@ def run(
 def release(trainer: pl.Trainer) -> None:
     """Free what is large of an earlier training: its cells, and what its optimisers know of each weight.
 
-    Parts of a trainer hold one another, so that Python frees it late, and to have it search takes a quarter of a second.
+    Parts of a trainer hold one another, so that Python frees it late; to have it search takes a quarter of a second.
     """
     for optimizer in trainer.optimizers:
         vars(optimizer).update(state={}, fused_step=None)
@@ -121,13 +121,7 @@ def stopping_callbacks(stopping: Stopping, root: Path, n_validation: int) -> lis
         )
     if stopping.enable_checkpointing:
         monitor = stopping.checkpointing_monitor or ("validation_loss" if n_validation else "train_loss")
-        callbacks.append(
-            ModelCheckpoint(
-                root / "checkpoints",
-                filename="best",
-                monitor=monitor,
-                save_last=True,
-                save_on_train_epoch_end=not is_of_validation(monitor),
-            )
-        )
+        place = {"dirpath": root / "checkpoints", "save_on_train_epoch_end": not is_of_validation(monitor)}
+        callbacks.append(SaveCheckpoint(filename="best", monitor=monitor, **place))
+        callbacks.append(ModelCheckpoint(filename="last", **place))  # save_last of the other: when it is the best
     return callbacks
