@@ -122,6 +122,25 @@ def test_second_training_resumes_with_the_history_of_the_first(adata, tmp_path):
     assert resumed.history["elbo_train"].iloc[:5].equals(model.history["elbo_train"])
 
 
+def test_a_model_is_loaded_from_a_checkpoint(adata, tmp_path):
+    model = fit(adata, 1, max_epochs=2, enable_checkpointing=True, default_root_dir=tmp_path, train_size=0.7)
+    assert isinstance(model.trainer.checkpoint_callback, scvi_lite.train.SaveCheckpoint)
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    with pytest.raises(FileNotFoundError, match="is a checkpoint.*adata=adata.*ckpt_path"):
+        SCVI.load(last)
+    with pytest.raises(ValueError, match="holds a SCVI"):
+        scvi_lite.model.PEAKVI.load(last, adata)
+    loaded = SCVI.load(last, adata, accelerator="cpu")
+    assert loaded.is_trained and loaded.history["elbo_validation"].equals(model.history["elbo_validation"])
+    np.testing.assert_array_equal(loaded.validation_indices, model.validation_indices)
+    np.testing.assert_array_equal(loaded.get_latent_representation(), model.get_latent_representation())
+    before = torch.load(last, weights_only=True)
+    del before["scvi_lite"]["model"]  # as checkpoints were before
+    torch.save(before, tmp_path / "before.ckpt")
+    with pytest.raises(ValueError, match="does not tell what model it is of"):
+        SCVI.load(tmp_path / "before.ckpt", adata)
+
+
 def test_checkpoint_is_plain_data(adata, tmp_path):
     fit(adata, 1, max_epochs=1, enable_checkpointing=True, default_root_dir=tmp_path)
     names = {path.name for path in (tmp_path / "checkpoints").iterdir()}

@@ -271,7 +271,7 @@ def test_what_is_no_folder_and_what_is_no_data(model, tmp_path):
     with pytest.raises(TypeError, match="adata is a bool.*load_query_data"):
         SCVI.load(tmp_path / "model", adata=False)
     (tmp_path / "best.ckpt").touch()
-    with pytest.raises(FileNotFoundError, match="is a checkpoint.*ckpt_path"):
+    with pytest.raises(ValueError, match="best.ckpt' is damaged, or not a checkpoint"):
         SCVI.load(tmp_path / "best.ckpt")
 
 

@@ -272,8 +272,8 @@ def _not_a_model(path: str | Path, folder: Path, prefix: str) -> str:
     """What to say where there is no model."""
     if folder.suffix == ".ckpt" and folder.is_file():
         return (
-            f"'{path}' is a checkpoint, and no model folder. It goes into a model made with the same data and "
-            "arguments: model.train(max_epochs=..., ckpt_path=...)."
+            f"'{path}' is a checkpoint, which holds a model without its data: give them, load(..., adata=adata). To "
+            "train on, model.train(max_epochs=..., ckpt_path=...)."
         )
     if folder.is_file():
         return f"'{path}' is a file: give the folder that holds the model, '{Path(path).parent}'."

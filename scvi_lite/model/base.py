@@ -241,8 +241,8 @@ class Model(metaclass=SaysInstead):
         **trainer_kwargs
             Every other option of ``lightning.Trainer`` (``precision``, ``callbacks``, ``logger``, ``num_nodes``,
             ``gradient_clip_val``, ...); ``enable_checkpointing=True`` with ``checkpointing_monitor``, which keeps the
-            best and the last state under ``default_root_dir``; ``learning_rate_monitor``; and ``ckpt_path``, a
-            checkpoint to go on from.
+            best and the last state under ``default_root_dir``, which :meth:`load` reads; ``learning_rate_monitor``; and
+            ``ckpt_path``, a checkpoint to go on from.
 
         Raises
         ------

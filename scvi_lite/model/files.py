@@ -115,7 +115,7 @@ def load(
     Parameters
     ----------
     dir_path
-        The folder.
+        The folder; or a checkpoint (``.ckpt``) that ``train(enable_checkpointing=True)`` wrote, which needs ``adata``.
     adata
         Data for the model, with the genes it was trained on in any order. Not needed if they were saved with it.
     accelerator, device
@@ -154,10 +154,14 @@ def load(
 
 
 def read_saved(dir_path: str | Path, prefix: str = "") -> SavedModel:
-    """A model as plain data, from a folder that :meth:`save`, or scvi-tools, wrote; errors of :func:`load`."""
+    """A model as plain data, from a folder or a checkpoint, or a folder of scvi-tools; errors of :func:`load`."""
     from scvi_lite.io import scvi_tools
     from scvi_lite.io.folder import read_folder
 
+    if Path(dir_path).suffix == ".ckpt" and Path(dir_path).expanduser().is_file():
+        from scvi_lite.train.checkpoint import read_model
+
+        return read_model(dir_path)
     foreign = scvi_tools.is_scvi_tools_folder(dir_path, prefix)
     return scvi_tools.read_scvi_tools(dir_path, prefix) if foreign else read_folder(dir_path, prefix)
 
@@ -171,23 +175,31 @@ def check_path(dir_path: Any) -> None:
         raise TypeError(f"dir_path={dir_path!r}: the name of a folder is needed, a string or a pathlib.Path.")
 
 
+def describe(model: Model) -> dict[str, Any]:
+    """What of a :class:`~scvi_lite.io.folder.SavedModel` no training changes."""
+    from scvi_lite import __version__
+
+    return {
+        "class_name": type(model).__name__,
+        "arguments": model._arguments,
+        "registry": model.registry.to_dict(),
+        "var_names": model._var_names,
+        "version": __version__,
+        "frozen": model.module.frozen.to_dict(),
+    }
+
+
 def to_saved(model: Model) -> SavedModel:
     """The model as plain data."""
-    from scvi_lite import __version__
     from scvi_lite.io.folder import SavedModel
 
     split = {"train": model.train_indices, "validation": model.validation_indices, "test": model.test_indices}
     return SavedModel(
-        class_name=type(model).__name__,
-        arguments=model._arguments,
-        registry=model.registry.to_dict(),
-        var_names=model._var_names,
+        **describe(model),
         state=model.module.state_dict(),
         history=model._history,
         indices={part: rows for part, rows in split.items() if rows is not None},
         is_trained=model.is_trained,
-        version=__version__,
-        frozen=model.module.frozen.to_dict(),
     )
 
 

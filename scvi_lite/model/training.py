@@ -18,6 +18,7 @@ from scvi_lite.data.disk import load_for_training
 from scvi_lite.data.sampler import check_external, split_rows
 from scvi_lite.data.view import Named
 from scvi_lite.errors import as_options, check_options, check_whole, warn, without_needless
+from scvi_lite.model.files import describe
 from scvi_lite.train import options as asked
 from scvi_lite.train.checkpoint import Start, read_checkpoint
 from scvi_lite.train.fit import fit, release
@@ -91,6 +92,7 @@ def fit_model(
 
     earlier = {name: frame.iloc[:, 0].to_dict() for name, frame in model._history.items()}
     task = Task(model.module, plan, earlier, adversary)
+    task.about = describe(model)
     task.monitor_lr |= stopping.learning_rate_monitor
     data = _minibatches(model, start, batch_size, splitting, supervision)
     if model.trainer is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import random
@@ -18,6 +19,8 @@ from torch import nn
 
 from scvi_lite.data.datamodule import Split
 from scvi_lite.errors import listing
+from scvi_lite.io.folder import SavedModel
+from scvi_lite.io.values import history_frame
 
 KEY = "scvi_lite"  # the part of a checkpoint that this package writes
 
@@ -103,16 +106,9 @@ def read_checkpoint(path: str | Path, module: nn.Module, n_cells: int, batch_siz
         If it is not a checkpoint of ours, is damaged, or is of another network or of other data.
     """
     name = f"ckpt_path={str(path)!r}"
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"{name}: there is no such file.")
-    checkpoint = _load(name, path)
-    if not (isinstance(checkpoint, dict) and KEY in checkpoint and "state_dict" in checkpoint):
-        raise ValueError(f"{name} is not a checkpoint that train(enable_checkpointing=True) wrote.")
+    checkpoint = _read(name, Path(path).expanduser())
     state = checkpoint[KEY]
-    if not _is_whole(checkpoint):
-        raise ValueError(f"{name} is damaged: parts are missing or of the wrong type. Start anew without ckpt_path.")
-    _check_shapes(name, checkpoint["state_dict"], module)
+    _check_shapes(name, _weights(checkpoint), module)
     if state["n_cells"] != n_cells:
         raise ValueError(
             f"{name} was written when training on {state['n_cells']} cells; here are {n_cells}. Resume with the same "
@@ -123,8 +119,59 @@ def read_checkpoint(path: str | Path, module: nn.Module, n_cells: int, batch_siz
             f"{name} was written within an epoch of minibatches of {state['batch_size']} cells; they cannot change to "
             f"{batch_size} before its end. Give batch_size={state['batch_size']}."
         )
-    indices = {part: rows.numpy() for part, rows in state["indices"].items()}
-    return Start(Split(**indices), state["seed"], state["skip_steps"])
+    return Start(Split(**_indices(state)), state["seed"], state["skip_steps"])
+
+
+def read_model(path: str | Path) -> SavedModel:
+    """The model that a checkpoint was written of, as it was then.
+
+    Raises
+    ------
+    ValueError
+        If it is not a checkpoint of ours, does not tell which model it is of, or is damaged.
+    """
+    name = f"dir_path={str(path)!r}"
+    checkpoint = _read(name, Path(path).expanduser())
+    state = checkpoint[KEY]
+    if "model" not in state:
+        raise ValueError(
+            f"{name} does not tell what model it is of, as an older scvi_lite wrote it. It goes into a model made with "
+            "the same data and arguments: model.train(max_epochs=..., ckpt_path=...)."
+        )
+    try:
+        columns = {metric: {"epoch": [*v], "value": [*v.values()]} for metric, v in state["history"].items()}
+        return SavedModel(
+            **json.loads(state["model"]),
+            state=_weights(checkpoint),
+            history={metric: history_frame(metric, column) for metric, column in columns.items()},
+            indices=_indices(state),
+            is_trained=True,
+        )
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{name} is damaged: {error}. Restore it from a copy.") from error
+
+
+def _read(name: str, path: Path) -> dict[str, Any]:
+    """A checkpoint of ours, with all of its parts; errors of :func:`read_checkpoint`."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{name}: there is no such file.")
+    checkpoint = _load(name, path)
+    if not (isinstance(checkpoint, dict) and KEY in checkpoint and "state_dict" in checkpoint):
+        raise ValueError(f"{name} is not a checkpoint that train(enable_checkpointing=True) wrote.")
+    if not _is_whole(checkpoint):
+        raise ValueError(f"{name} is damaged: parts are missing or of the wrong type. Start anew without it.")
+    return checkpoint
+
+
+def _weights(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The weights of the module."""
+    weights = checkpoint["state_dict"].items()
+    return {key.removeprefix("module."): value for key, value in weights if key.startswith("module.")}
+
+
+def _indices(state: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Rows of the training, validation and test cells."""
+    return {part: rows.numpy() for part, rows in state["indices"].items()}
 
 
 def _load(name: str, path: Path) -> Any:
@@ -162,9 +209,8 @@ def _are_rows(rows: Any, n_cells: int) -> bool:
     return is_list and bool(((rows >= 0) & (rows < n_cells)).all())
 
 
-def _check_shapes(name: str, weights: dict[str, Any], module: nn.Module) -> None:
-    ours = {key.removeprefix("module."): value for key, value in weights.items() if key.startswith("module.")}
-    there = {key: tuple(value.shape) for key, value in ours.items()}
+def _check_shapes(name: str, weights: dict[str, torch.Tensor], module: nn.Module) -> None:
+    there = {key: tuple(value.shape) for key, value in weights.items()}
     here = {key: tuple(value.shape) for key, value in module.state_dict().items()}
     differ = [key for key in {**here, **there} if here.get(key) != there.get(key)]
     if differ:

@@ -13,7 +13,7 @@ NOISE = (
     ".*Checkpoint directory .* exists and is not empty.*",
     ".*is supported for historical reasons but its usage is discouraged.*",
     ".*You're resuming from a checkpoint that ended before the epoch ended.*",
-    r""".*Please add the following callbacks: \["ModelCheckpoint[^"]*"\]""",
+    r""".*Please add the following callbacks: \[("(Model|Save)Checkpoint[^"]*"(, )?)+\]""",
     ".*Total length of `list` across ranks is zero.*",
     ".*GPU available but not used.*",
     ".*in eval mode at the start of training.*",  # what is frozen

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from scvi_lite.io.values import to_json
 from scvi_lite.nn.classifier import Adversary
 from scvi_lite.nn.module import Loss, Module
 from scvi_lite.train import checkpoint as saved
@@ -53,6 +54,7 @@ class Task(pl.LightningModule):
         self.module, self.plan, self.adversary = module, plan, adversary
         self.epoch_history = {name: dict(values) for name, values in (history or {}).items()}
         self.first_epoch = self.epoch_reached + 1 if self.epoch_history else 0
+        self.about: dict[str, Any] = {}  #: what model the module is of, for those who load a checkpoint
         self.latest: dict[str, float] = {}  #: ELBO of the last epoch, for the progress bar
         self.monitor_lr = plan.reduce_lr_on_plateau or plan.lr_schedule is not None
         self.steps = 0  #: minibatches that the weights have seen in this training
@@ -379,6 +381,7 @@ class Task(pl.LightningModule):
         """Add what a training needs to go on as if nothing had happened."""
         checkpoint[saved.KEY] = saved.describe(self.trainer) | {
             "history": self.epoch_history,
+            "model": to_json("setup", self.about),
             "first_epoch": self.first_epoch,
             "train_sums": self._reduced("train"),
             "schedule": None if self.schedule is None else self.schedule.state_dict(),
