@@ -121,7 +121,7 @@ def stopping_callbacks(stopping: Stopping, root: Path, n_validation: int) -> lis
         )
     if stopping.enable_checkpointing:
         monitor = stopping.checkpointing_monitor or ("validation_loss" if n_validation else "train_loss")
-        place = {"dirpath": root / "checkpoints", "save_on_train_epoch_end": not is_of_validation(monitor)}
+        place: dict[str, Any] = {"dirpath": root / "checkpoints", "save_on_train_epoch_end": not is_of_validation(monitor)}
         callbacks.append(SaveCheckpoint(filename="best", monitor=monitor, **place))
         callbacks.append(ModelCheckpoint(filename="last", **place))  # save_last of the other: when it is the best
     return callbacks
