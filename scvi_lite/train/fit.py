@@ -121,7 +121,8 @@ def stopping_callbacks(stopping: Stopping, root: Path, n_validation: int) -> lis
         )
     if stopping.enable_checkpointing:
         monitor = stopping.checkpointing_monitor or ("validation_loss" if n_validation else "train_loss")
-        place: dict[str, Any] = {"dirpath": root / "checkpoints", "save_on_train_epoch_end": not is_of_validation(monitor)}
-        callbacks.append(SaveCheckpoint(filename="best", monitor=monitor, **place))
-        callbacks.append(ModelCheckpoint(filename="last", **place))  # save_last of the other: when it is the best
+        place, at_end = root / "checkpoints", not is_of_validation(monitor)
+        callbacks.append(SaveCheckpoint(place, "best", monitor, save_on_train_epoch_end=at_end))
+        # With save_last, the other would write it only when it is the best.
+        callbacks.append(ModelCheckpoint(place, "last", save_on_train_epoch_end=at_end))
     return callbacks
