@@ -281,10 +281,9 @@ def compare(
         draws = []
         for j, rows in enumerate((comparison.rows1, comparison.rows2)):
             value_sg = sampler(rows, codes[j])
-            if counted:
-                mean_g = statistics[2 * i + j]["raw_mean"]
-            else:
-                mean_g = expected_mean(model, adata, rows, value_sg) if features.fields[0] == "x" else value_sg.mean(0)
+            mean_g = statistics[2 * i + j]["raw_mean"] if counted else value_sg.mean(0)
+            if not counted and features.fields[0] == "x":  # of proportions: the mean count that the model expects
+                mean_g = mean_g * model.registry.read(adata, "total_n")[rows].mean()
             draws.append(Draws(value_sg, mean_g < threshold_counts))
         pairs = Pairs.make(len(value_sg), len(codes[0]), n_permuted, same_batches=codes[0] == codes[1])
         columns = test(draws[0], draws[1], pairs)
@@ -314,11 +313,6 @@ def feature_statistics(
         matrix = field in model.registry.matrices
         parts.append(count_statistics((model.registry.rows if matrix else model.registry.read)(adata, field), groups))
     return [{name: np.concatenate([part[name] for part in group]) for name in group[0]} for group in zip(*parts)]
-
-
-def expected_mean(model: Model, adata: AnnData, rows: np.ndarray, scale_sg: np.ndarray) -> np.ndarray:
-    """Mean count of each gene that the model expects, for data without counts: (g,)."""
-    return scale_sg.mean(0) * model.registry.read(adata, "total_n")[rows].mean()
 
 
 def batch_pairing(model: Model, batch_correction: bool, batchid1: Any, batchid2: Any) -> tuple[Codes, Codes]:

@@ -177,7 +177,7 @@ class Change:
         if self.effect is None:
             return partial(log_ratio, added=np.maximum(pseudocounts, np.float32(NO_PSEUDOCOUNT)))
         takes_three = not isinstance(self.effect, np.ufunc) and len(signature(self.effect).parameters) == 3
-        return partial(_with_third, self.effect, pseudocounts) if takes_three else self.effect
+        return (lambda x1, x2: self.effect(x1, x2, pseudocounts)) if takes_three else self.effect
 
     def probability(self, effect_gs: np.ndarray, delta: float) -> np.ndarray:
         """Share of the draws that count as a change, (g,)."""
@@ -190,10 +190,6 @@ class Change:
     def decide(self, columns: Columns) -> Columns:
         """Which genes are called at each target."""
         return {f"is_de_fdr_{target}": called(columns["proba_de"], target) for target in self.fdr_targets}
-
-
-def _with_third(function: Callable[..., np.ndarray], third: Any, one: np.ndarray, two: np.ndarray) -> np.ndarray:
-    return function(one, two, third)
 
 
 def scales(one: Draws, two: Draws) -> Columns:

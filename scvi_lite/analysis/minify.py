@@ -9,6 +9,7 @@ import numpy as np
 from scipy import sparse
 
 from scvi_lite.analysis.inputs import to_numpy
+from scvi_lite.analysis.latent import posterior_parameters
 from scvi_lite.data.fields import Continuous, Embedding, Field
 from scvi_lite.data.genes import replace_modalities
 from scvi_lite.data.modalities import is_mudata
@@ -133,8 +134,8 @@ def _posterior(model: Model, loc_key: str, variance_key: str) -> tuple[np.ndarra
         argument, key = ("use_latent_qzv_key", variance_key) if loc_key in obsm else ("use_latent_qzm_key", loc_key)
         raise UnknownKeyError(unknown(argument, key, obsm.keys(), "a key of adata.obsm", "Keys"))
     if loc_key not in obsm:
-        posteriors = [model.module.encode(batch) for batch in model._minibatches()]
-        return to_numpy([q.z_loc_nk for q in posteriors]), to_numpy([q.z_scale_nk**2 for q in posteriors])
+        loc_nk, scale_nk = posterior_parameters(model)
+        return loc_nk, scale_nk**2
     shape = (model.adata.n_obs, model.module.config.n_latent)
     for key in (loc_key, variance_key):
         if obsm[key].shape != shape:

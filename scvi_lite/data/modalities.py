@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from scvi_lite.errors import UnknownKeyError, check_options, listing, unknown
+from scvi_lite.errors import UnknownKeyError, as_options, check_options, listing, unknown
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -138,8 +138,7 @@ def read_modalities(
     mdata: MuData,
     modalities: Mapping[str, str | None] | None,
     arguments: Collection[str],
-    needed: Iterable[str],
-    otherwise: str = "",
+    needed: Sequence[str] = (),
 ) -> dict[str, str | None]:
     """For each argument of ``setup_mudata`` the modality in which to look; None for the whole.
 
@@ -153,26 +152,23 @@ def read_modalities(
         Those that may be named.
     needed
         Those that must be.
-    otherwise
-        What to say to whom has none of them.
 
     Raises
     ------
     TypeError
-        If an argument does not exist.
+        If an argument does not exist, or it is no dictionary.
     KeyError, ValueError
         If a modality does not exist, or is not named.
     """
-    given = dict(modalities or {})
+    given = as_options("modalities", modalities)
     check_options("modalities", given, arguments)
-    needed = list(needed)
     check_mudata(mdata, ())
     for argument in needed:
         if given.get(argument) is None:
             example = ", ".join(f"{name!r}: ..." for name in needed)
             raise ValueError(
                 f"modalities does not say which modality {argument} is for. Write modalities={{{example}}}, with "
-                f"{listing(mdata.mod)} for the dots. {otherwise}".rstrip()
+                f"{listing(mdata.mod)} for the dots."
             )
     for argument, modality in given.items():
         if modality is not None and modality not in mdata.mod:

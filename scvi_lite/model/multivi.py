@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
     from scvi_lite.data.modalities import Data
 
+WIDEST = 128  # of hidden layers whose width is not given
+
 
 class MULTIVI(CellModel):
     """Joint model of expression and accessibility: one latent space, and each modality imputed from the other.
@@ -56,7 +58,8 @@ class MULTIVI(CellModel):
         deviations, as in scvi-tools; ``"exact-Jeffreys"`` for the divergence itself; ``"MMD"`` for
         the maximum mean discrepancy; or ``"None"``.
     n_hidden
-        Width of the hidden layers; by default the square root of the number of genes or regions, the larger.
+        Width of the hidden layers; by default the square root of the number of regions, or of genes where there are no
+        regions, and at most 128.
     n_latent
         Dimensions of the latent space; by default the square root of ``n_hidden``.
     n_layers_encoder, n_layers_decoder
@@ -168,7 +171,7 @@ class MULTIVI(CellModel):
         options = {name: value for name, value in arguments.items() if name not in NOT_OF_THE_NETWORK}
         n_genes, n_regions = len(self._features("x")), len(self._features("peaks"))
         options["n_hidden"], options["n_latent"] = default_sizes(
-            arguments["n_hidden"], arguments["n_latent"], max(n_genes, n_regions)
+            arguments["n_hidden"], arguments["n_latent"], min(n_regions or n_genes, WIDEST**2)
         )
         options |= {"n_layers": arguments["n_layers_encoder"], "n_regions": n_regions}
         options["given_depth"] = "depth_n" in self.registry.fields
@@ -385,7 +388,7 @@ class MULTIVI(CellModel):
         given = arguments_of(locals())
         del given["modalities"], given["idx_layer"]
         without_needless({"idx_layer": idx_layer}, {"idx_layer": "a cell is known by its row"})
-        where = read_modalities(mdata, modalities, given, ())
+        where = read_modalities(mdata, modalities, given)
         x, peaks = two_matrices(mdata, rna_layer, atac_layer, where)
         keys = [size_factor_key] if size_factor_key is None or isinstance(size_factor_key, str) else size_factor_key
         if not 1 <= len(keys) <= 2:
