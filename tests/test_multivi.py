@@ -1,5 +1,6 @@
 """MULTIVI: the peer's recorded answers, cells that lack a modality, imputation, joined data, and bad input."""
 
+import math
 import warnings
 from pathlib import Path
 
@@ -616,3 +617,12 @@ def test_first_features_and_given_depth(tmp_path):
         factors = answering.get_library_size_factors()
         np.testing.assert_allclose(factors["expression"], mdata.obs["total"], rtol=1e-5)
         np.testing.assert_allclose(factors["accessibility"], mdata.obs["depth"], rtol=1e-4)
+
+
+@pytest.mark.parametrize(("n_genes", "n_regions", "width"), [(50, 30, 5), (50, 0, 7), (3, 17_000, 128)])
+def test_width_unless_given(n_genes, n_regions, width):
+    """As in scvi-tools: the root of the number of regions, of genes only where there are none, and at most 128."""
+    adata = anndata.AnnData(sp.random(4, n_genes + n_regions, 0.5, "csr", np.float32, rng=0).ceil())
+    MULTIVI.setup_anndata(adata)
+    config = MULTIVI(adata, n_genes=n_genes, n_regions=n_regions).module.config
+    assert (config.n_hidden, config.n_latent) == (width, math.isqrt(width))
