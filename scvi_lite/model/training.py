@@ -21,11 +21,12 @@ from scvi_lite.errors import as_options, check_options, check_whole, warn, witho
 from scvi_lite.model.files import describe
 from scvi_lite.train import options as asked
 from scvi_lite.train.checkpoint import Start, read_checkpoint
+from scvi_lite.train.divergence import TrainingDivergedError
 from scvi_lite.train.fit import fit, release
 from scvi_lite.train.plan import heuristic_epochs, make_plan
 from scvi_lite.train.presets import preset_plan
 from scvi_lite.train.strategies import workers_needed
-from scvi_lite.train.task import Task, TrainingDivergedError
+from scvi_lite.train.task import Task
 
 if TYPE_CHECKING:
     from scvi_lite.data.supervision import Supervision

@@ -7,7 +7,7 @@ __getattr__, __dir__ = lazy(
     {
         "Plan": "scvi_lite.train.plan",
         "Task": "scvi_lite.train.task",
-        "TrainingDivergedError": "scvi_lite.train.task",
+        "TrainingDivergedError": "scvi_lite.train.divergence",
         "SaveCheckpoint": "scvi_lite.train.callbacks",
         "TrainerConfig": "scvi_lite.train.configs",
         "TrainingPlanConfig": "scvi_lite.train.configs",

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scvi_lite.train.plan import Plan
+
 
 def _is_turned(tensor: Tensor) -> bool:
     """Whether a matrix is stored by column."""
@@ -109,3 +111,23 @@ class AdamW(torch.optim.AdamW):
     def step(self, closure: Any = None) -> Any:
         """Descend along the gradients."""
         return _step(self, closure, super().step, torch._fused_adamw_)
+
+
+def make_optimizer(plan: Plan, parameters: list[Tensor], scale: float, fused: bool) -> torch.optim.Optimizer:
+    """What a plan asks for, with its learning rate times ``scale``."""
+    if plan.optimizer == "Custom":
+        return plan.optimizer_creator(parameters)
+    kind = {"Adam": Adam, "AdamW": AdamW}[plan.optimizer]
+    return kind(parameters, lr=plan.lr * scale, eps=plan.eps, weight_decay=plan.weight_decay, fused=fused)
+
+
+def plateau_schedule(plan: Plan, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.ReduceLROnPlateau:
+    """Lowers the learning rate when the metric of the plan stands still."""
+    return torch.optim.lr_scheduler.ReduceLROnPlateau(
+        optimizer,
+        factor=plan.lr_factor,
+        patience=plan.lr_patience,
+        threshold=plan.lr_threshold,
+        threshold_mode="abs",
+        min_lr=plan.lr_min,
+    )

@@ -19,9 +19,10 @@ import torch
 
 from scvi_lite.data.datamodule import CellDataModule
 from scvi_lite.data.shared import write_store
+from scvi_lite.train.divergence import TrainingDivergedError
 from scvi_lite.train.processes import Workers
 from scvi_lite.train.strategies import as_list, find_devices
-from scvi_lite.train.task import Task, TrainingDivergedError
+from scvi_lite.train.task import Task
 
 
 @dataclass

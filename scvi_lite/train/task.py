@@ -14,15 +14,13 @@ from scvi_lite.io.values import to_json
 from scvi_lite.nn.classifier import Adversary
 from scvi_lite.nn.module import Loss, Module
 from scvi_lite.train import checkpoint as saved
-from scvi_lite.train.adam import Adam, AdamW
+from scvi_lite.train.adam import make_optimizer, plateau_schedule
+from scvi_lite.train.divergence import TrainingDivergedError, weights_are_finite, what_diverged
+from scvi_lite.train.metrics import Sums
 from scvi_lite.train.plan import AdversarialPlan, Plan, metric_names
 
 CHECK_EVERY = 50  # steps between looks for NaN: each look waits for the device
 REMEMBER_EVERY = 1000  # steps between copies of the weights, within an epoch
-
-
-class TrainingDivergedError(RuntimeError):
-    """The loss or a weight became NaN or infinite."""
 
 
 class Task(pl.LightningModule):
@@ -62,8 +60,7 @@ class Task(pl.LightningModule):
         self.last_good: dict[str, Tensor] | None = None
         self.resumed: dict[str, Any] | None = None  #: what a checkpoint holds, until it is used
         self.schedule: torch.optim.lr_scheduler.ReduceLROnPlateau | None = None
-        self.sums: dict[str, Tensor] = {}
-        self.n_cells = {"train": 0, "validation": 0}
+        self.sums: dict[str, Sums] = {}
         self.held: list[tuple[Tensor, Tensor]] = []  #: frozen rows of parameters, and what they hold
 
     @property
@@ -127,14 +124,14 @@ class Task(pl.LightningModule):
         """What to descend, and its number of cells; its terms are added up. All that a step asks of the device."""
         batch = self._as_computed(batch)
         loss = self.loss(batch, self.kl_weight, **self.plan.loss_options)
-        self._add("train", loss)
+        self.sums["train"].add(loss)
         if self.adversary is None or loss.z_nk is None:
             return loss.total, loss.n_cells
         return loss.total + self._adversarial_loss(self.adversary, loss, batch), loss.n_cells
 
     def count_step(self, n_cells: int) -> None:
         """A step was taken."""
-        self.n_cells["train"] += n_cells
+        self.sums["train"].n_cells += n_cells
         self.steps += 1
 
     def _adversarial_loss(self, adversary: Adversary, loss: Loss, batch: Any) -> Tensor:
@@ -144,16 +141,16 @@ class Task(pl.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if (batch_idx + 1) % CHECK_EVERY == 0:
-            self._raise_if_diverged(self._means("train"), f", minibatch {batch_idx + 1}")
-            if (batch_idx + 1) % REMEMBER_EVERY == 0 and self._weights_are_finite():
+            self._raise_if_diverged(self.sums["train"].means(self.trainer.strategy), f", minibatch {batch_idx + 1}")
+            if (batch_idx + 1) % REMEMBER_EVERY == 0 and weights_are_finite(self.module):
                 self._remember()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         if batch.n_cells:
             options = self.plan.loss_options
             loss = self.module.loss(self._as_computed(batch), self.kl_weight, **options)
-            self._add("validation", loss)
-            self.n_cells["validation"] += loss.n_cells
+            self.sums["validation"].add(loss)
+            self.sums["validation"].n_cells += loss.n_cells
 
     def _as_computed(self, batch: Any) -> Any:
         """In doubles where the network computes in doubles."""
@@ -197,37 +194,9 @@ class Task(pl.LightningModule):
     # Metrics ----------------------------------------------------------------------------------------------------------
 
     def _start_sums(self, part: str) -> None:
-        dtype = torch.float32 if self.device.type == "mps" else torch.float64  # where doubles exist
-        size = 3 + sum(map(math.prod, self.module.extra_shapes.values()))
         if part not in self.sums:
-            self.sums[part] = torch.zeros(size, dtype=dtype, device=self.device)
-        self.sums[part].zero_()  # in place: a graph of a step adds to this tensor
-        self.n_cells[part] = 0
-
-    def _add(self, part: str, loss: Loss) -> None:
-        terms = torch.stack([loss.total.detach() * loss.n_cells, loss.reconstruction.detach(), loss.kl_local.detach()])
-        if extra_shapes := self.module.extra_shapes:
-            terms = torch.cat([terms, *(loss.extra[name].detach().flatten() for name in extra_shapes)])
-        self.sums[part] += terms
-
-    def _reduced(self, part: str) -> Tensor:
-        """Sums of the terms, and the number of cells, over all ranks."""
-        sums = torch.cat([self.sums[part], self.sums[part].new_tensor([self.n_cells[part]])])
-        return self.trainer.strategy.reduce(sums, reduce_op="sum")
-
-    def _means(self, part: str) -> dict[str, float]:
-        """Metrics so far, over the cells of all ranks."""
-        sums = self._reduced(part).cpu()
-        loss, reconstruction, kl = sums[:3].tolist()
-        n = max(float(sums[-1]), 1.0)
-        values = (loss / n, (reconstruction + kl) / n, reconstruction / n, kl / n, 0.0)
-        metrics = dict(zip(metric_names(part), values, strict=True))
-        if shapes := self.module.extra_shapes:
-            flat = sums[3:-1].split([math.prod(shape) for shape in shapes.values()])
-            extra = {name: values.view(shapes[name]) for name, values in zip(shapes, flat, strict=True)}
-            summary = self.module.summarise(extra, n)
-            metrics |= {self.module.metric_name(name, part): value for name, value in summary.items()}
-        return metrics
+            self.sums[part] = Sums(self.module, part, self.device)
+        self.sums[part].start()
 
     def on_validation_start(self) -> None:
         self._share_buffers()
@@ -238,11 +207,11 @@ class Task(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         if not self.trainer.sanity_checking:
-            self._record(self._means("validation"))
+            self._record(self.sums["validation"].means(self.trainer.strategy))
 
     def on_train_epoch_end(self) -> None:
         self._share_buffers()
-        metrics = self._means("train")
+        metrics = self.sums["train"].means(self.trainer.strategy)
         more = {"kl_weight": self._current_kl_weight()}
         if self.monitor_lr:
             optimizer = self.trainer.optimizers[0]
@@ -297,53 +266,31 @@ class Task(pl.LightningModule):
         self.module.load_state_dict(self.last_good or {})
         self.steps = self.good_steps
 
-    def _weights_are_finite(self) -> bool:
-        norms = torch.stack(torch._foreach_norm([p.detach() for p in self.module.parameters()]))
-        return bool(norms.isfinite().all())
-
     def _raise_if_diverged(self, metrics: dict[str, float], where: str = "") -> None:
         """Stop if a term of the loss or, at the end of an epoch, a weight is not finite; that epoch has no history."""
-        terms = {*metric_names("train"), *metric_names("validation")}
-        bad = [name for name, value in metrics.items() if name in terms and not math.isfinite(value)]
-        if not bad and (where or self._weights_are_finite()):
+        what = what_diverged(metrics, None if where else self.module)
+        if not what:
             return
         epoch = self.first_epoch + self.current_epoch
         for values in self.epoch_history.values():
             values.pop(epoch, None)
-        found = ", ".join(f"{name}={metrics[name]:g}" for name in bad) or "a weight is not finite"
         raise TrainingDivergedError(
-            f"Training diverged in epoch {epoch}{where}: {found}. Most likely {likely_cause(bad)}. The last good "
-            f"weights are kept. Try a lower learning rate (now lr={self.plan.lr:g}): "
+            f"Training diverged in epoch {epoch}{where}: {what} The last good weights are kept. "
+            f"Try a lower learning rate (now lr={self.plan.lr:g}): "
             f"plan_kwargs={{'lr': {self.plan.lr / 10:g}}}, or gradient_clip_val=1."
         )
 
     # Optimiser --------------------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam, fused where that exists, and the plateau schedule if asked for."""
-        plan = self.plan
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        if plan.optimizer == "Custom":
-            optimizer = plan.optimizer_creator(parameters)
-        else:
-            # Fused Adam unscales half-precision gradients itself, which rules out clipping them before.
-            unscales = self.trainer.precision == "16-mixed" or (
-                self.trainer.precision == "bf16-mixed" and self.trainer.gradient_clip_val
-            )
-            fused = not unscales and self.device.type in ("cpu", "cuda", "mps")
-            kind = {"Adam": Adam, "AdamW": AdamW}[plan.optimizer]
-            optimizer = kind(
-                parameters, lr=plan.lr * self._lr_scale, eps=plan.eps, weight_decay=plan.weight_decay, fused=fused
-            )
-        if plan.reduce_lr_on_plateau:
-            self.schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
-                optimizer,
-                factor=plan.lr_factor,
-                patience=plan.lr_patience,
-                threshold=plan.lr_threshold,
-                threshold_mode="abs",
-                min_lr=plan.lr_min,
-            )
+        """The optimiser of the plan, fused where that exists, and the plateau schedule if asked for."""
+        # Fused Adam unscales half-precision gradients itself, which rules out clipping them before.
+        unscales = self.trainer.precision == "16-mixed" or (
+            self.trainer.precision == "bf16-mixed" and self.trainer.gradient_clip_val
+        )
+        fused = not unscales and self.device.type in ("cpu", "cuda", "mps")
+        optimizer = make_optimizer(self.plan, [p for p in self.parameters() if p.requires_grad], self._lr_scale, fused)
+        self.schedule = plateau_schedule(self.plan, optimizer) if self.plan.reduce_lr_on_plateau else None
         return optimizer
 
     @property
@@ -383,7 +330,7 @@ class Task(pl.LightningModule):
             "history": self.epoch_history,
             "model": to_json("setup", self.about),
             "first_epoch": self.first_epoch,
-            "train_sums": self._reduced("train"),
+            "train_sums": self.sums["train"].reduced(self.trainer.strategy),
             "schedule": None if self.schedule is None else self.schedule.state_dict(),
         }
         saved.finish_batch(checkpoint, self.trainer)
@@ -401,18 +348,4 @@ class Task(pl.LightningModule):
         if self.schedule is not None and state["schedule"] is not None:
             self.schedule.load_state_dict(state["schedule"])
         if self.trainer.is_global_zero:  # the sums of all ranks go on in the first
-            *sums, n = state["train_sums"].tolist()
-            self.sums["train"] = self.sums["train"].new_tensor(sums)
-            self.n_cells["train"] = int(n)
-
-
-def likely_cause(bad: list[str]) -> str:
-    """Where to look when these metrics are not finite."""
-    terms = {name.rsplit("_", 1)[0] for name in bad}
-    if bad and all(name.endswith("validation") or name.startswith("validation") for name in bad):
-        return "a validation cell is unlike the training cells: look for extreme counts or covariates among them"
-    if "reconstruction_loss" in terms:
-        return "the reconstruction term did: look for extreme counts, or a covariate on a scale far from 1"
-    if "kl_local" in terms:
-        return "the KL term did: the posterior ran away"
-    return "a weight did in the last step"
+            self.sums["train"].go_on(state["train_sums"])

@@ -20,10 +20,10 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from scvi_lite.data.shared import read_store
 from scvi_lite.train import fit as fitting
 from scvi_lite.train.callbacks import StopFlag
+from scvi_lite.train.divergence import TrainingDivergedError
 from scvi_lite.train.launch import TRAVELS, Job, Outcome, pack, travellers
 from scvi_lite.train.progress import Progress
 from scvi_lite.train.strategies import as_list, worker_strategy
-from scvi_lite.train.task import TrainingDivergedError
 
 
 class Channel:
