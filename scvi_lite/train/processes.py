@@ -10,21 +10,18 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import cloudpickle
 
 import scvi_lite
+from scvi_lite.train.callbacks import StopFlag, handle_interrupts
 
 PATIENCE = 10.0  # seconds that workers get to end by themselves after their work
 AFTERMATH = 1.0  # seconds after a failure in which the one that caused it may still be heard of
@@ -69,7 +66,7 @@ class Workers:
         self.folder, self.n_workers, self.show_progress = folder, n_workers, show_progress
         self.processes: list[subprocess.Popen[bytes]] = []
         self.connections: dict[Connection, int] = {}
-        self.interrupts = 0
+        self.stop = StopFlag()
 
     def __enter__(self) -> Workers:
         return self
@@ -88,10 +85,10 @@ class Workers:
 
     def attend(self) -> bool:
         """Start the workers, show progress, pass on interrupts until all are done; whether there was an interrupt."""
-        with self._interruptible():
+        with handle_interrupts(self.stop):
             self._start()
             self._listen()
-        return self.interrupts > 0
+        return self.stop.requested
 
     def _start(self) -> None:
         variables = environment(self.n_workers)
@@ -112,23 +109,6 @@ class Workers:
             self.processes.append(process)
             self.connections[here] = rank
 
-    @contextmanager
-    def _interruptible(self) -> Iterator[None]:
-        """The first interrupt asks the workers to stop, the second ends them."""
-
-        def on_signal(signum: int, frame: FrameType | None) -> None:
-            self.interrupts += 1
-            if self.interrupts > 1:
-                raise KeyboardInterrupt
-
-        main = threading.current_thread() is threading.main_thread()  # only the main thread gets signals
-        before = signal.signal(signal.SIGINT, on_signal) if main else None
-        try:
-            yield
-        finally:
-            if main:
-                signal.signal(signal.SIGINT, before or signal.default_int_handler)
-
     def _listen(self) -> None:
         """Until all are done, or a second after the first failure; of several the earliest is raised."""
         from scvi_lite.train.progress import choose_display
@@ -138,7 +118,7 @@ class Workers:
         deadline = float("inf")
         try:
             while talking and time.monotonic() < deadline:
-                if self.interrupts and not told:
+                if self.stop.requested and not told:
                     self._tell_first("stop")
                     told = True
                 spoke = wait(list(talking), timeout=0.1)
