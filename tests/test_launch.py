@@ -9,9 +9,12 @@ import sys
 import threading
 import time
 import warnings
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 
+import anndata
 import cloudpickle
+import forked
 import lightning.pytorch as pl
 import numpy as np
 import pandas as pd
@@ -22,6 +25,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 import scvi_lite
 from scvi_lite.data.datamodule import CellDataModule, Split
+from scvi_lite.data.disk import LazyStore
 from scvi_lite.data.store import load
 from scvi_lite.model import SCVI
 from scvi_lite.train import launch, processes
@@ -29,6 +33,7 @@ from scvi_lite.train.plan import Plan
 from scvi_lite.train.task import Task, TrainingDivergedError
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # as what a notebook defines
+FORKS = pytest.mark.usefixtures("forks")
 WORKERS = dict(accelerator="cpu", devices=2, strategy="ddp_notebook", enable_progress_bar=False)
 
 
@@ -58,6 +63,17 @@ def nothing_left(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(folder))
     yield
     assert list(folder.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def fork_server():
+    ensure_running()
+
+
+@pytest.fixture
+def forks(fork_server, monkeypatch):
+    """Workers are forks, where it is not the start of processes that is tested."""
+    monkeypatch.setattr(processes, "subprocess", forked)
 
 
 def weights(model):
@@ -107,7 +123,7 @@ def seen_by_ranks(part):
     return epochs
 
 
-def test_a_training_and_its_resumption(adata, tmp_path, capsys):
+def test_a_training_and_its_resumption_from_a_backed_file(adata, tmp_path, capsys, monkeypatch):
     model, watch, logger = SCVI(adata, n_latent=2), Watch(), CSVLogger("logs")
     split = [np.arange(0, 99), np.array([99])]  # the second rank has no validation cell
     options = WORKERS | dict(
@@ -143,11 +159,24 @@ def test_a_training_and_its_resumption(adata, tmp_path, capsys):
     with pytest.raises(ProcessLookupError):
         os.kill(about["pid"], 0)
 
+    # It goes on with the same cells in a file, which each worker opens again; their batches are in memory only.
+    in_file = adata.copy()
+    del in_file.obs["batch"]
+    in_file.write_h5ad("cells.h5ad")
+    backed = anndata.read_h5ad("cells.h5ad", backed="r")
+    backed.obs["batch"] = adata.obs["batch"].copy()
+    monkeypatch.setattr("scvi_lite.model.training.load_for_training", LazyStore)
     before = model.history["elbo_train"]
+    model.adata = backed
     options["logger"] = False
-    model.train(max_epochs=3, ckpt_path="scvi_lite_runs/checkpoints/last.ckpt", **options)
+    with pytest.warns(UserWarning, match="a word from the worker"):
+        model.train(max_epochs=3, callbacks=[watch], ckpt_path="scvi_lite_runs/checkpoints/last.ckpt", **options)
     assert model.history["elbo_train"].index.tolist() == [0, 1, 2]
     pd.testing.assert_frame_equal(model.history["elbo_train"].iloc[:2], before)
+    assert sorted(seen_by_ranks("train")[2]) == list(range(99))
+    SCVI.setup_anndata(backed, batch_key="batch")
+    with pytest.raises(ValueError, match="view of a backed file.*to_memory"):
+        SCVI(backed[:60], n_latent=2).train(max_epochs=1, **WORKERS)
 
 
 SCRIPT = """
@@ -164,6 +193,7 @@ latent = model.get_latent_representation()
 """
 
 
+@FORKS
 def test_the_seed_decides_and_a_script_gives_the_same(adata):
     """Two trainings in one session; the second shows that the random numbers of the session go on alike."""
     Path("train.py").write_text(SCRIPT.format(options="{}"))
@@ -181,24 +211,6 @@ def test_the_seed_decides_and_a_script_gives_the_same(adata):
         assert same(weights(model), weights(script))
         pd.testing.assert_frame_equal(model.history["elbo_validation"], script.history["elbo_validation"])
         assert np.array_equal(model.train_indices, script.train_indices)
-
-
-def test_a_backed_file_is_opened_again_by_each_worker(adata, tmp_path, monkeypatch):
-    import anndata
-
-    from scvi_lite.data.disk import LazyStore
-
-    adata.write_h5ad("cells.h5ad")
-    backed = anndata.read_h5ad("cells.h5ad", backed="r")
-    backed.obs["later"] = np.where(np.arange(120) % 2, "a", "b")  # in memory only
-    SCVI.setup_anndata(backed, batch_key="later")
-    monkeypatch.setattr("scvi_lite.model.training.load_for_training", LazyStore)
-    model = SCVI(backed, n_latent=2)
-    with pytest.warns(UserWarning, match="a word from the worker"):
-        model.train(max_epochs=1, callbacks=[Watch()], **WORKERS)
-    assert sorted(seen_by_ranks("train")[0]) == sorted(model.train_indices)
-    with pytest.raises(ValueError, match="view of a backed file.*to_memory"):
-        SCVI(backed[:60], n_latent=2).train(max_epochs=1, **WORKERS)
 
 
 def test_cells_are_not_pickled(tmp_path):
@@ -327,25 +339,30 @@ def attempt(model, act, ranks=(0, 1), max_epochs=1000):
     model.train(max_epochs=max_epochs, batch_size=16, callbacks=[Trouble(act, ranks)], **WORKERS)
 
 
-@pytest.mark.parametrize(
-    ("act", "ranks", "error", "message"),
-    [
-        (kill, [1], processes.WorkerError, "Worker 1 of 2 was killed by signal 9"),
-        (fail, [1], Oops, "in a callback of rank 1"),
-        (fail, [0], Oops, "in a callback of rank 0"),
-    ],
-)
-def test_a_worker_that_fails_ends_all_with_its_error(act, ranks, error, message, model):
-    before = weights(model)
-    with pytest.raises(error, match=message) as raised:
-        attempt(model, act, ranks)
-    if error is Oops:
-        assert f"Worker {ranks[0]} of 2" in str(raised.value.__cause__)
-        assert "raise Oops" in str(raised.value.__cause__)
+def all_ended(model, before):
+    """Both workers were there and are gone, and the model is as it was."""
     assert len(pids()) == 2
     assert all(gone(pid, 0.1) for pid in pids())
     assert same(before, weights(model))
-    assert not model.is_trained and not model.history
+    return not model.is_trained and not model.history
+
+
+def test_a_worker_that_is_killed_ends_all(model):
+    before = weights(model)
+    with pytest.raises(processes.WorkerError, match="Worker 1 of 2 was killed by signal 9"):
+        attempt(model, kill, [1])
+    assert all_ended(model, before)
+
+
+@FORKS
+@pytest.mark.parametrize("rank", [1, 0])
+def test_a_worker_that_fails_ends_all_with_its_error(rank, model):
+    before = weights(model)
+    with pytest.raises(Oops, match=f"in a callback of rank {rank}") as raised:
+        attempt(model, fail, [rank])
+    assert f"Worker {rank} of 2" in str(raised.value.__cause__)
+    assert "raise Oops" in str(raised.value.__cause__)
+    assert all_ended(model, before)
 
 
 def test_a_worker_that_cannot_start(model, tmp_path, monkeypatch):
@@ -372,6 +389,7 @@ def interrupt_after(path, times):
     return thread
 
 
+@FORKS
 def test_a_second_interrupt_ends_at_once_and_leaves_the_model(model):
     before, handler = weights(model), signal.getsignal(signal.SIGINT)
     thread = interrupt_after("third_step", 2)
@@ -383,6 +401,7 @@ def test_a_second_interrupt_ends_at_once_and_leaves_the_model(model):
     assert signal.getsignal(signal.SIGINT) is handler
 
 
+@FORKS
 def test_an_interrupt_ends_after_the_same_step_and_keeps_what_was_learnt(model):
     before = weights(model)
     interrupt_after("third_step", 1)
@@ -395,6 +414,7 @@ def test_an_interrupt_ends_after_the_same_step_and_keeps_what_was_learnt(model):
     assert all(gone(pid, 0.1) for pid in pids())
 
 
+@FORKS
 def test_divergence_leaves_the_last_good_weights(model):
     with pytest.raises(TrainingDivergedError, match="The last good weights are kept"):
         attempt(model, poison)
