@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from pathlib import Path
 from threading import get_ident
 from typing import Any
 
@@ -52,9 +53,20 @@ def compiled(function: Callable[..., Any], at_once: bool = False) -> Callable[..
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
     options |= AT_ONCE if at_once else {}
     try:
-        return numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # nowhere to keep the result
+        result = numba.njit(cache=True, **options)(function)
+    except RuntimeError:  # nowhere to keep it
         return numba.njit(**options)(function)
+    # Numba goes by the file of a function alone, and would keep what calls functions of a file that has changed.
+    for index in Path(result.stats.cache_path).glob(f"*.{function.__name__}-*.nbi"):
+        if index.stat().st_mtime < _last_change():
+            index.unlink(missing_ok=True)
+    return result
+
+
+@cache
+def _last_change() -> float:
+    """When a file of compiled functions was last written."""
+    return max((path.stat().st_mtime for path in Path(__file__).parent.glob("*/*kernels.py")), default=0.0)
 
 
 def on_threads(function: Callable[[int, int], Any], n: int, work: int) -> list[Any]:

@@ -1,6 +1,8 @@
 """Shares of rows on the threads of PyTorch; loops whose results are the same wherever their arrays lie."""
 
+import importlib.util
 import itertools
+import os
 import subprocess
 import sys
 import threading
@@ -119,3 +121,18 @@ def test_results_are_the_same_wherever_arrays_lie(name):
     for first, second in itertools.permutations(arrays, 2):
         others = [i for i in arrays if i not in (first, second)]
         assert call(*LOOPS[name], order=[first, second, *others], gap=16) == far, (first, second)
+
+
+def test_results_on_disk_are_dropped_when_a_file_of_compiled_functions_is_younger(tmp_path):
+    (tmp_path / "small.py").write_text("def grow(x):\n    return x + 1\n")
+    spec = importlib.util.spec_from_file_location("small", tmp_path / "small.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    make = _compiled.compiled.__wrapped__
+    assert make(module.grow)(1) == 2
+    (index,) = tmp_path.rglob("*.nbi")
+    make(module.grow)
+    assert index.exists()
+    os.utime(index, (0, 0))
+    make(module.grow)
+    assert not index.exists()

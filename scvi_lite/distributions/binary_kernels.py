@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from scvi_lite._compiled import AT_ONCE, compiled, on_threads
-from scvi_lite.distributions.kernels import BLOCK, F, exp, log1p, wide
+from scvi_lite.distributions.elementary_kernels import F, exp, log1p, wide
+from scvi_lite.distributions.kernels import BLOCK
 
 
 @njit(**AT_ONCE)

@@ -3,26 +3,21 @@
 A cell's row stays in the cache from the softmax to the gradients, and nothing of the size of the minibatch is made but
 the gradients. Numba compiles a function when it is first called, and keeps the result on disk beside the package (or
 in the user's cache, where that cannot be written).
-
-``exp`` and ``log1p`` are polynomials, so that the compiler can work on many genes at once: coefficients interpolate
-(exp(r) - 1 - r) / r² and (log(1 + f) - f) / f² at Chebyshev nodes; relative errors stay below 3e-7.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numba
 import numpy as np
 import torch
-from numba.extending import intrinsic
 from torch import Tensor
 
 from scvi_lite._compiled import AT_ONCE, compiled, on_threads
 from scvi_lite.distributions.counts import LOG_THETA_RANGE
+from scvi_lite.distributions.elementary_kernels import INT, F, U, exp, log, log1p, wide
 
-F, INT, U = np.float32, np.int32, np.uint64
 # Up to here lgamma(x + theta) - lgamma(theta) is the logarithm of a product that a double holds.
 MAX_PRODUCT = 16
 # Counts that the table of a minibatch may reach, where there are enough of them to be worth it.
@@ -32,67 +27,6 @@ LOG_FACTORIAL = np.array([math.lgamma(x + 1.0) for x in range(MAX_PRODUCT + 1)])
 BLOCK = 8
 # A theta below is nothing beside nearly any mean.
 TINY = F(1e-17)
-
-
-def _wide(context):
-    """Called in a function: compile it for the widest vectors of the machine; LLVM takes half of them by itself."""
-
-    def mark(context, builder, signature, arguments):
-        # llvmlite knows no attributes of LLVM that have a value.
-        set.add(builder.function.attributes, '"prefer-vector-width"="512"')
-        return context.get_dummy_value()
-
-    return numba.types.none(), mark
-
-
-wide: Any = intrinsic(_wide)
-
-
-@numba.njit(fastmath={"contract"})
-def exp(x):
-    """exp(x) of a float32: 2^k times a polynomial on [-log(2)/2, log(2)/2]."""
-    x = min(max(x, F(-87)), F(88))
-    k = np.rint(x * F(1.4426950408889634))
-    r = x - k * F(0.693359375) + k * F(2.12194440e-4)
-    p = F(0.00139262) * r + F(0.00836317)
-    p = p * r + F(0.04166655)
-    p = p * r + F(0.16666577)
-    p = p * r + F(0.5)
-    return (p * r * r + r + F(1)) * INT((INT(k) + INT(127)) << INT(23)).view(F)
-
-
-@numba.njit(fastmath={"contract"})
-def log1p(r):
-    """log(1 + r) of a float32 r >= 0: 1 + r is 2^k (1 + f) with |f| <= 1/3; k = 0 keeps every digit of a small r."""
-    k = exponent(r + F(1))
-    power = INT((INT(127) - k) << INT(23)).view(F)
-    return log_polynomial((power - F(1)) + r * power) + F(k) * F(0.6931471805599453)
-
-
-@numba.njit(fastmath={"contract"})
-def log(u):
-    """log(u) of a float32."""
-    k = exponent(u)
-    return log_polynomial(u * INT((INT(127) - k) << INT(23)).view(F) - F(1)) + F(k) * F(0.6931471805599453)
-
-
-@numba.njit
-def exponent(u):
-    """The k for which u / 2^k lies between 2/3 and 4/3, from the bits of a float32."""
-    return INT((F(u * F(1.5)).view(INT) >> INT(23)) - INT(127))
-
-
-@numba.njit(fastmath={"contract"})
-def log_polynomial(f):
-    """log(1 + f) for -1/3 <= f <= 1/3."""
-    p = F(0.13425749) * f - F(0.15040764)
-    p = p * f + F(0.14118310)
-    p = p * f - F(0.16483018)
-    p = p * f + F(0.20003780)
-    p = p * f - F(0.25004146)
-    p = p * f + F(0.33333320)
-    p = p * f - F(0.49999986)
-    return p * f * f + f
 
 
 @numba.njit(**AT_ONCE)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from scvi_lite._compiled import compiled, on_threads
-from scvi_lite.distributions.kernels import U
+from scvi_lite.distributions.elementary_kernels import U
 
 
 def by_feature(start: Tensor, col_m: Tensor, value_m: Tensor, n_features: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from scvi_lite._compiled import AT_ONCE, compiled, on_threads
-from scvi_lite.distributions.kernels import exp, log, wide
-
-F, INT = np.float32, np.int32
+from scvi_lite.distributions.elementary_kernels import INT, F, exp, log, wide
 
 
 @numba.njit
