@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from scvi_lite.analysis.cells import chosen, find_cells, frame, mean_over, minibatches
-from scvi_lite.analysis.differential import Features, differential_expression
+from scvi_lite.analysis.comparing import Features
+from scvi_lite.analysis.differential import differential_expression
 from scvi_lite.analysis.effects import levels
 from scvi_lite.analysis.inputs import minibatch_size, needs_counts, positions_of, to_numpy
 from scvi_lite.analysis.output import Out, collect, sparse_rows

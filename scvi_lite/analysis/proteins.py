@@ -14,6 +14,7 @@ from torch import Tensor
 
 from scvi_lite.analysis import differential
 from scvi_lite.analysis.cells import Cells, How, Parts, ask_cells, check_samples, chosen, find_cells, frame, n_draws
+from scvi_lite.analysis.comparing import Features
 from scvi_lite.analysis.expression import check_library_size, expected, log_library
 from scvi_lite.analysis.inputs import gene_positions, positions_of
 from scvi_lite.analysis.output import Out, pair
@@ -260,7 +261,7 @@ def differential_expression(
     return differential.differential_expression(
         model, adata, groupby, group1, group2, idx1, idx2, mode, delta, batch_size, all_stats,
         batch_correction, batchid1, batchid2, fdr_target, silent, pseudocounts=pseudocounts,
-        features=differential.Features(names, value_of, [FIELD_OF[kind] for kind in kinds]),
+        features=Features(names, value_of, [FIELD_OF[kind] for kind in kinds]),
         **options,
     )  # fmt: skip
 

@@ -220,8 +220,7 @@ def get_latent_representation(
         )
     model._warn_if_untrained()
     posteriors = [
-        model.module.posterior(batch.x.log1p(), batch)
-        for batch in model._minibatches(adata, indices, batch_size)
+        model.module.posterior(batch.x.log1p(), batch) for batch in model._minibatches(adata, indices, batch_size)
     ]
     if return_dist:
         return to_numpy([loc for loc, _ in posteriors]), to_numpy([scale**2 for _, scale in posteriors])
