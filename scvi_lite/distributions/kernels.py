@@ -1,4 +1,4 @@
-"""The formulas of :mod:`scvi_lite.distributions.fused` as one pass over the rows of a minibatch, compiled for the CPU.
+"""The formulas of :mod:`scvi_lite.distributions.closed_form` as one pass over a minibatch, compiled for the CPU.
 
 A cell's row stays in the cache from the softmax to the gradients, and nothing of the size of the minibatch is made but
 the gradients. Numba compiles a function when it is first called, and keeps the result on disk beside the package (or

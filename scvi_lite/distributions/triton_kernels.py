@@ -1,4 +1,4 @@
-r"""The formulas of :mod:`scvi_lite.distributions.fused` for NB and ZINB as one pass each way, for a GPU.
+r"""The formulas of :mod:`scvi_lite.distributions.closed_form` for NB and ZINB as one pass each way, for a GPU.
 
 Forward, a program goes over the row of a cell: the softmax's sum, then the value and the sum of the derivatives with
 respect to log mu. With these two sums nothing else of the gradient depends on other genes, so that backward computes it
