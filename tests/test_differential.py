@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy import sparse
 
-from scvi_lite.analysis import differential
+from scvi_lite.analysis import comparing, differential
 from scvi_lite.analysis.effects import Change, Draws, Pairs, Vanilla, called, estimate_delta, estimate_pseudocounts
 from scvi_lite.analysis.groups import count_statistics
 from scvi_lite.data import simulate
@@ -154,7 +154,7 @@ def test_statistics_are_of_the_groups(model):
 def test_ways_to_select_cells(model, monkeypatch):
     """A mask, row numbers and a query name the same cells."""
     seen = []
-    monkeypatch.setattr(differential, "count_statistics", lambda matrix, groups: seen.append(groups) or none(groups))
+    monkeypatch.setattr(comparing, "count_statistics", lambda matrix, groups: seen.append(groups) or none(groups))
 
     def none(groups):
         zero = np.zeros(20, np.float32)

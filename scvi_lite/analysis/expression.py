@@ -170,7 +170,7 @@ def expected(
     genes: np.ndarray | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Expected expression (..., n, g) of a minibatch, decoded as from one batch; proportions if there is no library.
+    """Expected expression (..., n, g) of a minibatch at latent ``z``; proportions if there is no library.
 
     Written to ``out`` if that is given.
     """
