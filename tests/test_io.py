@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 import torch
 
+import scvi_lite
 from scvi_lite.io.folder import FORMAT_VERSION, SavedModel, find_data, read_folder, read_info, write_folder
 
 HERE = Path(__file__).parent
@@ -435,3 +436,14 @@ def test_a_forgotten_prefix_is_found():
         read_folder("model")
     with pytest.raises(FileNotFoundError, match=r"has no liver_model\.json"):
         read_folder(HERE / "data" / "format_1", prefix="liver_")
+
+
+def test_whole_numbers_that_a_mudata_has_of_its_cells_and_features(tmp_path):
+    mdata = scvi_lite.data.synthetic_iid(batch_size=10, n_genes=8, n_proteins=3, n_regions=0, return_mudata=True)
+    mdata.obsm["place"], mdata.varm["rank"] = np.arange(40).reshape(20, 2), np.arange(11).reshape(11, 1)
+    where = {"rna_layer": "rna", "protein_layer": "protein_expression"}
+    scvi_lite.model.TOTALVI.setup_mudata(mdata, batch_key="batch", modalities=where)
+    scvi_lite.model.TOTALVI(mdata, n_hidden=8).save(tmp_path / "model", save_anndata=True)
+    loaded = scvi_lite.model.TOTALVI.load(tmp_path / "model", accelerator="cpu").adata
+    np.testing.assert_array_equal(loaded.obsm["place"], mdata.obsm["place"])
+    np.testing.assert_array_equal(loaded.varm["rank"], mdata.varm["rank"])

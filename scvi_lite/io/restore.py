@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,10 +98,20 @@ def read_data(dir_path: str | Path, prefix: str, foreign: bool) -> AnnData | MuD
             "Give them: load(..., adata=adata)."
         )
     if path.suffix == ".h5mu":
-        import mudata
-
-        with mudata.set_options(pull_on_update=False):
-            return mudata.read_h5mu(path)
+        return _read_mudata(path)
     import anndata
 
     return anndata.read_h5ad(path)
+
+
+def _read_mudata(path: Path) -> MuData:
+    """A MuData without columns of its modalities in its own ``obs``, as it was saved, where mudata can read it so."""
+    import mudata
+
+    try:
+        with mudata.set_options(pull_on_update=False):
+            return mudata.read_h5mu(path)
+    except ValueError:  # mudata marks what is missing by NaN, for which whole numbers in obsm or varm have no place
+        with mudata.set_options(pull_on_update=None), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            return mudata.read_h5mu(path)
