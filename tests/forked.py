@@ -9,7 +9,7 @@ import sys
 from scvi_lite.train import worker
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload([__name__])
+CONTEXT.set_forkserver_preload([worker.__name__, "pytest"])  # what is found without the paths of the tests
 DEVNULL, TimeoutExpired = subprocess.DEVNULL, subprocess.TimeoutExpired
 
 
