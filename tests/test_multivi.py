@@ -17,7 +17,7 @@ from test_ddp import run_on_two_ranks
 
 from scvi_lite.data import organize_multiome_anndatas
 from scvi_lite.model import MULTIVI
-from scvi_lite.nn.disagreement import jeffreys, mmd
+from scvi_lite.nn.disagreement import DISTANCES, jeffreys, mmd
 from scvi_lite.nn.vae import Posterior
 
 GOLDEN = SHARED / "golden" / "multivi"
@@ -343,6 +343,9 @@ def test_divergences():
     assert float(mmd(x_nk, y_nk, some_n)) < 0.02 < float(mmd(x_nk, y_nk + 1, some_n))
     few_n = (torch.arange(500) < 9).float()
     torch.testing.assert_close(mmd(x_nk, y_nk, few_n), mmd(x_nk[:9], y_nk[:9], some_n[:9]))
+    exactly = torch.zeros_like(x_nk)
+    penalty = DISTANCES["MMD"](Posterior(x_nk, exactly), Posterior(y_nk, exactly), few_n > 0)
+    torch.testing.assert_close(penalty, 9 * mmd(x_nk[:9], y_nk[:9], some_n[:9]))  # for each cell
 
 
 @pytest.mark.parametrize(("name", "power"), [("Jeffreys", 0.5), ("exact-Jeffreys", 1.0), ("None", 0.0)])

@@ -44,9 +44,10 @@ def mmd(x_nk: Tensor, y_nk: Tensor, weight_n: Tensor) -> Tensor:
     return mean_kernel(x_nk, x_nk) + mean_kernel(y_nk, y_nk) - 2 * mean_kernel(x_nk, y_nk)
 
 
-#: By the name of the penalty, of two posteriors and of which cells have both modalities, (n,) or one for all.
+#: By the name of the penalty, of two posteriors and of which cells have both modalities, (n,) or one for all. The MMD,
+#: which is 2 at most whatever the number of cells, counts for each of them: else it would weigh nothing beside them.
 DISTANCES: dict[str, Callable[[Posterior, Posterior, Tensor], Tensor]] = {
     "Jeffreys": lambda one, other, both_n: jeffreys(softened(one), softened(other)),
     "exact-Jeffreys": lambda one, other, both_n: jeffreys(one, other),
-    "MMD": lambda one, other, both_n: mmd(one.sample_z(), other.sample_z(), both_n.to(one.z_loc_nk.dtype)),
+    "MMD": lambda one, other, both_n: both_n.sum() * mmd(one.sample_z(), other.sample_z(), both_n.float()),
 }
