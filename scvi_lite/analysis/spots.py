@@ -44,10 +44,15 @@ def frame(model: DestVI, value: np.ndarray, indices: Any, columns: Any) -> pd.Da
 
 def code_of(model: DestVI, label: str) -> int:
     """The code of a cell type; a ``KeyError`` that names the nearest if there is none."""
-    if str(label) not in model.cell_type_mapping:
-        message = unknown("label", label, model.cell_type_mapping, "a cell type of the reference", "Cell types")
-        raise UnknownKeyError(message)
-    return model.cell_type_mapping.index(str(label))
+    names = model.cell_type_mapping + extra_types(model)
+    if str(label) not in names:
+        raise UnknownKeyError(unknown("label", label, names, "a cell type of the reference", "Cell types"))
+    return names.index(str(label))
+
+
+def extra_types(model: DestVI) -> list[str]:
+    """Names of the cell types that the reference does not have."""
+    return [f"additional_{i}" for i in range(model.module.config.add_celltypes)]
 
 
 def get_proportions(
@@ -82,9 +87,8 @@ def get_proportions(
     """
     value_nt = to_numpy([spots.proportion_nt for _, spots in minibatches(model, indices, batch_size)])
     names = model.cell_type_mapping
-    n_extra = value_nt.shape[1] - len(names)
     if keep_additional:
-        return frame(model, value_nt, indices, names + [f"additional_{i}" for i in range(n_extra)])
+        return frame(model, value_nt, indices, names + extra_types(model))
     value_nl = value_nt[:, : len(names)]
     return frame(model, value_nl / value_nl.sum(1, keepdims=True) if normalize else value_nl, indices, names)
 
@@ -121,7 +125,7 @@ def get_scale_for_ct(
     Parameters
     ----------
     label
-        Name of the cell type.
+        Name of the cell type, or ``"additional_0"``, ... of an extra one.
     indices, batch_size
         As in :meth:`get_proportions`. Where the share of the type is small, its state is that of the prior.
     out
@@ -137,10 +141,9 @@ def get_scale_for_ct(
     KeyError
         If the cell type is not in the reference; the nearest is named.
     """
-    module, c = model.module, model.module.config
-    label_l = torch.tensor([code_of(model, label)], device=model.device)
+    c, code = model.module.config, code_of(model, label)
     parts = (
-        {"scale": module.expression(spots, batch, label_l)[:, 0]}
+        {"scale": model.module.expression(spots, batch, code)}
         for batch, spots in minibatches(model, indices, batch_size, c.n_states * c.n_genes)
     )
     value = collect(parts, len(model._rows(model.adata, indices)), {"scale": out})["scale"]
@@ -172,9 +175,9 @@ def get_expression_for_ct(
     from scipy import sparse
 
     module, c, code = model.module, model.module.config, code_of(model, label)
-    label_l, parts = torch.tensor([code], device=model.device), []
+    parts = []
     for batch, spots in minibatches(model, indices, batch_size, c.n_states * c.n_labels * c.n_genes):
-        own_ng = spots.proportion_nt[:, code, None] * module.expression(spots, batch, label_l)[:, 0]
+        own_ng = spots.proportion_nt[:, code, None] * module.expression(spots, batch, code)
         share_ng = own_ng / module.mean(spots, batch)
         x = batch.x
         value_m = x.value_m * share_ng[x.row_m, x.col_m]

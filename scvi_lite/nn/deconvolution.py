@@ -180,11 +180,14 @@ class SpotModule(Module):
         """Codes of the cell types."""
         return torch.arange(self.config.n_labels, device=self.beta_g.device)
 
-    def expression(self, spots: Spots, batch: Batch, label_l: Tensor) -> Tensor:
-        """Expected proportions of genes in some cell types of each spot: (n, l, g)."""
+    def expression(self, spots: Spots, batch: Batch, code: int) -> Tensor:
+        """Expected proportions of genes in a cell type of each spot, the extra ones behind the others: (n, g)."""
+        if (extra := code - self.config.n_labels) >= 0:
+            return self.eta_ag[extra].softmax(-1).expand(batch.n_cells, -1)
+        label_l = torch.tensor([code], device=self.beta_g.device)
         dense_nd = self.batch_embedding(batch.batch_n)[:, None, None]
         scale_nslg = (self.decoder(spots.z_nslk[:, :, label_l], label_l, dense_nd) + self.beta_g).softmax(-1)
-        return (spots.state_nsl[:, :, label_l, None] * scale_nslg).sum(1)
+        return (spots.state_nsl[:, :, label_l, None] * scale_nslg).sum(1)[:, 0]
 
     def mixed(self, z_nslk: Tensor, share_nsl: Tensor, batch: Batch) -> Tensor:
         """Expected proportions of genes in these shares of the states of the cell types: (n, g)."""
