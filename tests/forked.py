@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 
+import torch
+
 from scvi_lite.train import worker
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -38,6 +40,7 @@ def be_worker(folder, talk, errors, variables, place):
     os.chdir(place)
     os.environ.clear()
     os.environ.update(variables)
+    torch.set_num_threads(int(variables["OMP_NUM_THREADS"]))  # which PyTorch read before the fork
     os.dup2(os.open(errors, os.O_WRONLY | os.O_APPEND), 2)
     sys.argv = ["worker", folder, str(talk.fileno())]
     worker.main()
