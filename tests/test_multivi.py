@@ -343,9 +343,11 @@ def test_divergences():
     assert float(mmd(x_nk, y_nk, some_n)) < 0.02 < float(mmd(x_nk, y_nk + 1, some_n))
     few_n = (torch.arange(500) < 9).float()
     torch.testing.assert_close(mmd(x_nk, y_nk, few_n), mmd(x_nk[:9], y_nk[:9], some_n[:9]))
-    exactly = torch.zeros_like(x_nk)
-    penalty = DISTANCES["MMD"](Posterior(x_nk, exactly), Posterior(y_nk, exactly), few_n > 0)
-    torch.testing.assert_close(penalty, 9 * mmd(x_nk[:9], y_nk[:9], some_n[:9]))  # for each cell
+    for dtype in (torch.float32, torch.float64):
+        x_nk, y_nk, some_n = x_nk.to(dtype), y_nk.to(dtype), some_n.to(dtype)
+        exactly = torch.zeros_like(x_nk)
+        penalty = DISTANCES["MMD"](Posterior(x_nk, exactly), Posterior(y_nk, exactly), few_n > 0)
+        torch.testing.assert_close(penalty, 9 * mmd(x_nk[:9], y_nk[:9], some_n[:9]))  # for each cell
 
 
 @pytest.mark.parametrize(("name", "power"), [("Jeffreys", 0.5), ("exact-Jeffreys", 1.0), ("None", 0.0)])

@@ -49,5 +49,7 @@ def mmd(x_nk: Tensor, y_nk: Tensor, weight_n: Tensor) -> Tensor:
 DISTANCES: dict[str, Callable[[Posterior, Posterior, Tensor], Tensor]] = {
     "Jeffreys": lambda one, other, both_n: jeffreys(softened(one), softened(other)),
     "exact-Jeffreys": lambda one, other, both_n: jeffreys(one, other),
-    "MMD": lambda one, other, both_n: both_n.sum() * mmd(one.sample_z(), other.sample_z(), both_n.float()),
+    "MMD": lambda one, other, both_n: (
+        both_n.sum() * mmd(one.sample_z(), other.sample_z(), both_n.to(one.z_loc_nk.dtype))
+    ),
 }
