@@ -11,6 +11,7 @@ import ctypes
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from threading import get_ident
@@ -58,8 +59,9 @@ def compiled(function: Callable[..., Any], at_once: bool = False) -> Callable[..
         return numba.njit(**options)(function)
     # Numba goes by the file of a function alone, and would keep what calls functions of a file that has changed.
     for index in Path(result.stats.cache_path).glob(f"*.{function.__name__}-*.nbi"):
-        if index.stat().st_mtime < _last_change():
-            index.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # another process was here
+            if index.stat().st_mtime < _last_change():
+                index.unlink()
     return result
 
 

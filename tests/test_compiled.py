@@ -136,3 +136,11 @@ def test_results_on_disk_are_dropped_when_a_file_of_compiled_functions_is_younge
     os.utime(index, (0, 0))
     make(module.grow)
     assert not index.exists()
+
+
+def test_results_on_disk_that_another_process_drops_are_no_error(tmp_path, monkeypatch):
+    def grow(x):
+        return x + 1
+
+    monkeypatch.setattr(_compiled.Path, "glob", lambda self, pattern: [tmp_path / "gone.nbi"])
+    assert _compiled.compiled.__wrapped__(grow)(1) == 2
