@@ -96,8 +96,8 @@ def row(*n_rows):  # as short as a few steps of a loop
 
 
 LOOPS = {
-    "genes": (kernels.zeros_row, 0, 0, 0, np.float32(3), np.float32(-0.1), row(), row(), row(1), row(1), row(), row())
-    + (row(1), row(1), row(1)),
+    "genes": (kernels.dense_row, 0, 0, 0, *map(np.float32, (1, 3, -0.1)), row(), row(), *(row(1) for _ in range(5)))
+    + (row(), row(1), row(1), row(1)),
     "regions": (binary_kernels.zeros_row, 0, *map(np.float32, (-0.1, 0.4, 0.6)), row(), row(1), row(), row())
     + (row(1), row()),
 }

@@ -1,7 +1,7 @@
 """exp and log of single floats, which the compiler can apply to many numbers at once.
 
 They are polynomials: coefficients interpolate (exp(r) - 1 - r) / r² and (log(1 + f) - f) / f² at Chebyshev nodes;
-relative errors stay below 3e-7.
+relative errors stay below 3e-7. Their halves are computed side by side, so that a processor need not wait for each sum.
 """
 
 from __future__ import annotations
@@ -35,11 +35,10 @@ def exp(x):
     x = min(max(x, F(-87)), F(88))
     k = np.rint(x * F(1.4426950408889634))
     r = x - k * F(0.693359375) + k * F(2.12194440e-4)
-    p = F(0.00139262) * r + F(0.00836317)
-    p = p * r + F(0.04166655)
-    p = p * r + F(0.16666577)
+    rr = r * r
+    p = (F(0.00139262) * r + F(0.00836317)) * rr + (F(0.04166655) * r + F(0.16666577))
     p = p * r + F(0.5)
-    return (p * r * r + r + F(1)) * INT((INT(k) + INT(127)) << INT(23)).view(F)
+    return (p * rr + (r + F(1))) * INT((INT(k) + INT(127)) << INT(23)).view(F)
 
 
 @numba.njit(fastmath={"contract"})
@@ -66,11 +65,7 @@ def exponent(u):
 @numba.njit(fastmath={"contract"})
 def log_polynomial(f):
     """log(1 + f) for -1/3 <= f <= 1/3."""
-    p = F(0.13425749) * f - F(0.15040764)
-    p = p * f + F(0.14118310)
-    p = p * f - F(0.16483018)
-    p = p * f + F(0.20003780)
-    p = p * f - F(0.25004146)
-    p = p * f + F(0.33333320)
-    p = p * f - F(0.49999986)
-    return p * f * f + f
+    ff = f * f
+    high = (F(0.13425749) * f - F(0.15040764)) * ff + (F(0.14118310) * f - F(0.16483018))
+    low = (F(0.20003780) * f - F(0.25004146)) * ff + (F(0.33333320) * f - F(0.49999986))
+    return (high * (ff * ff) + low) * ff + f
