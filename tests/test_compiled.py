@@ -1,4 +1,4 @@
-"""Shares of rows on the threads of PyTorch; loops whose results are the same wherever their arrays lie."""
+"""Shares of rows on the threads of PyTorch; loops that give the same wherever their arrays lie; drawn dropout."""
 
 import importlib.util
 import itertools
@@ -14,6 +14,7 @@ import torch
 from scvi_lite import _compiled
 from scvi_lite._compiled import on_threads
 from scvi_lite.distributions import binary_kernels, kernels
+from scvi_lite.nn.dropout_kernels import kept_units
 
 
 @pytest.fixture(params=["openmp", "pool"])
@@ -144,3 +145,17 @@ def test_results_on_disk_that_another_process_drops_are_no_error(tmp_path, monke
 
     monkeypatch.setattr(_compiled.Path, "glob", lambda self, pattern: [tmp_path / "gone.nbi"])
     assert _compiled.compiled.__wrapped__(grow)(1) == 2
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9999])
+def test_dropout_leaves_out_a_share_of_units_at_random(rate):
+    torch.manual_seed(0)
+    drawn = torch.stack([kept_units(128, 64, rate) for _ in range(200)])
+    torch.manual_seed(0)
+    assert torch.equal(kept_units(128, 64, rate), drawn[0])
+    torch.testing.assert_close(drawn.max(), torch.tensor(1 / (1 - rate)), rtol=1e-3, atol=0)
+    out = ((drawn == 0).double() - rate) / (rate * (1 - rate)) ** 0.5  # of mean 0 and variance 1
+    flat, n = out.flatten(1), out.numel()
+    shifted = [flat[:, lag:] * flat[:, :-lag] for lag in (1, 2, 7, 64, 128)]
+    for product in (out, flat[1:] * flat[:-1], *shifted):  # the share, and correlations
+        assert abs(product.mean()) < 5 / n**0.5

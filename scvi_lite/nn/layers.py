@@ -101,11 +101,9 @@ def dropout(h: Tensor, rate: float) -> Tensor:
     shape = h.shape[-2:]
     if h.device.type != "cpu" or torch.compiler.is_compiling():
         return h * F.dropout(h.new_ones(shape), rate)
-    # PyTorch draws one number for each unit, which takes longer than the layer: here, four of 16 bits from one.
-    threshold = min(round(rate * 2**16), 2**16 - 1)
-    drawn = torch.empty(-(-shape.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-    kept = drawn[: shape.numel()].view(shape) >= threshold - 2**15
-    return h * (kept * (2**16 / (2**16 - threshold)))
+    from scvi_lite.nn.dropout_kernels import kept_units  # PyTorch takes longer to draw its numbers than for the layer
+
+    return h * kept_units(*shape, rate).to(h.dtype)
 
 
 def rows(table: Tensor, code: Tensor) -> Tensor:
