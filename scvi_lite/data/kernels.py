@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from scvi_lite._compiled import compiled, on_threads
+from scvi_lite.distributions.elementary_kernels import U
 
 if TYPE_CHECKING:
     from scvi_lite.data.batch import Counts
@@ -194,5 +195,5 @@ def fill_rows(start: Tensor, col_m: Tensor, value_m: Tensor, n_features: int) ->
 def _fill_rows(begin, end, start, col_m, value_m, x_ng):
     for i in range(begin, end):
         x_ng[i] = 0
-        for m in range(start[i], start[i + 1]):
-            x_ng[i, col_m[m]] = value_m[m]
+        for m in range(U(start[i]), U(start[i + 1])):
+            x_ng[i, U(col_m[U(m)])] = value_m[U(m)]
