@@ -25,6 +25,7 @@ from numba.core.compiler import Compiler
 # A thread is worth its call from this many elements on, and so many threads are: each needs the interpreter to begin.
 MIN_WORK = 1 << 14
 MAX_SHARES = 32
+CHEAP = 16  # elements that are only filled in or looked up, as many as count for one
 HOME = os.getpid()  # OpenMP does not survive a fork
 
 

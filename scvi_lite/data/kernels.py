@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scvi_lite._compiled import compiled, on_threads
+from scvi_lite._compiled import CHEAP, compiled, on_threads
 from scvi_lite.distributions.elementary_kernels import U
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ def fill_rows(start: Tensor, col_m: Tensor, value_m: Tensor, n_features: int) ->
     """
     x_ng = value_m.new_empty(start.shape[0] - 1, n_features)
     kernel, arrays = compiled(_fill_rows), [t.numpy() for t in (start, col_m, value_m, x_ng)]
-    on_threads(lambda first, last: kernel(first, last, *arrays), x_ng.shape[0], x_ng.numel())
+    on_threads(lambda first, last: kernel(first, last, *arrays), x_ng.shape[0], x_ng.numel() // CHEAP)
     return x_ng
 
 

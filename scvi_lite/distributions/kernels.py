@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scvi_lite._compiled import AT_ONCE, compiled, on_threads
+from scvi_lite._compiled import AT_ONCE, CHEAP, compiled, on_threads
 from scvi_lite.distributions.counts import LOG_THETA_RANGE
 from scvi_lite.distributions.elementary_kernels import INT, F, U, exp, log, log1p, wide
 
@@ -283,7 +283,7 @@ def _table(theta: Tensor | None, n_nonzeros: int) -> Tensor | None:
     table_x2g = theta.new_empty(n_counts, 2, theta.shape[1])
     arrays = [t.detach().numpy() for t in (theta[0], table_x2g)]
     kernel = compiled(fill_table, at_once=True)
-    on_threads(lambda first, last: kernel(first, last, *arrays), theta.shape[1], table_x2g.numel())
+    on_threads(lambda first, last: kernel(first, last, *arrays), theta.shape[1], table_x2g.numel() // CHEAP)
     return table_x2g
 
 

@@ -54,10 +54,11 @@ class _SparseLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, start: Tensor, col_m: Tensor, value_m: Tensor, weight_gh: Tensor) -> Tensor:
         counts = Counts(start, col_m, value_m, weight_gh.shape[0])
+        ctx.n_features, ctx.x_ng = weight_gh.shape[0], None
         ctx.save_for_backward(start, col_m, value_m)
-        ctx.n_features = weight_gh.shape[0]
-        if _share(counts) > SPARSE_FORWARD:
-            return counts.x_ng @ weight_gh
+        if _share(counts) > (SPARSE_BACKWARD if ctx.needs_input_grad[3] else SPARSE_FORWARD):
+            ctx.x_ng = counts.x_ng  # filled in once for both ways
+            return ctx.x_ng @ weight_gh
         # Detached, or more is computed, for a gradient that comes another way.
         return _look_up(counts, weight_gh.detach().contiguous())
 
@@ -65,10 +66,9 @@ class _SparseLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, up_nh: Tensor) -> tuple[Tensor | None, ...]:
         start, col_m, value_m = ctx.saved_tensors
-        counts = Counts(start, col_m, value_m, ctx.n_features)
         up_nh = up_nh.to(value_m.dtype)  # under autocast, the product forward came in 16 bits
-        if _share(counts) > SPARSE_BACKWARD:
-            return *(None,) * 3, counts.x_ng.t() @ up_nh
+        if ctx.x_ng is not None:
+            return *(None,) * 3, ctx.x_ng.t() @ up_nh
         from scvi_lite.distributions.sparse_kernels import by_feature
 
         # Sorted by feature, so that a row of the gradient is written once.

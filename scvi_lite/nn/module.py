@@ -73,9 +73,12 @@ class Module(nn.Module, ABC):
 
     def __getattr__(self, name: str) -> Any:
         """Parameters and parts; for a name of scvi-tools, an error that says what to use instead."""
-        if (message := instead_of("module", name)) is not None:
-            raise ElsewhereError(message, name=name)
-        return super().__getattr__(name)
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if (message := instead_of("module", name)) is not None:
+                raise ElsewhereError(message, name=name) from None
+            raise
 
     @property
     def per_cell(self) -> tuple[str, ...]:
