@@ -47,7 +47,8 @@ def sparse_linear(counts: Counts, weight_hg: Tensor) -> Tensor:
         return torch.nn.functional.linear(counts.x_ng, weight_hg)
     dtype = torch.promote_types(weight_hg.dtype, torch.float32)
     parts = counts.start, counts.col_m, counts.value_m.to(dtype)
-    return _SparseLinear.apply(*parts, weight_hg.to(dtype).t()).to(weight_hg.dtype)
+    weight = weight_hg if torch.is_grad_enabled() else weight_hg.detach()  # a Function cannot see
+    return _SparseLinear.apply(*parts, weight.to(dtype).t()).to(weight_hg.dtype)
 
 
 class _SparseLinear(torch.autograd.Function):
