@@ -54,28 +54,41 @@ def sparse_linear(counts: Counts, weight_hg: Tensor) -> Tensor:
 class _SparseLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, start: Tensor, col_m: Tensor, value_m: Tensor, weight_gh: Tensor) -> Tensor:
-        counts = Counts(start, col_m, value_m, weight_gh.shape[0])
-        ctx.n_features, ctx.x_ng = weight_gh.shape[0], None
-        ctx.save_for_backward(start, col_m, value_m)
-        if _share(counts) > (SPARSE_BACKWARD if ctx.needs_input_grad[3] else SPARSE_FORWARD):
-            ctx.x_ng = counts.x_ng  # filled in once for both ways
-            return ctx.x_ng @ weight_gh
-        # Detached, or more is computed, for a gradient that comes another way.
-        return _look_up(counts, weight_gh.detach().contiguous())
+        ctx.product, both_ways = Product(Counts(start, col_m, value_m, weight_gh.shape[0])), ctx.needs_input_grad[3]
+        return ctx.product.forward(weight_gh, both_ways)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, up_nh: Tensor) -> tuple[Tensor | None, ...]:
-        start, col_m, value_m = ctx.saved_tensors
-        up_nh = up_nh.to(value_m.dtype)  # under autocast, the product forward came in 16 bits
-        if ctx.x_ng is not None:
-            return *(None,) * 3, ctx.x_ng.t() @ up_nh
+        return *(None,) * 3, ctx.product.backward(up_nh)
+
+
+class Product:
+    """Counts times a weight (g, h), and the gradient of that weight."""
+
+    def __init__(self, counts: Counts):
+        self.counts, self.x_ng = counts, None
+        self.share = counts.value_m.shape[0] / max(1, counts.n_cells * counts.n_features)
+
+    def forward(self, weight_gh: Tensor, both_ways: bool = True) -> Tensor:
+        """The product (n, h); ``both_ways``: backward follows."""
+        if self.share > (SPARSE_BACKWARD if both_ways else SPARSE_FORWARD):
+            self.x_ng = self.counts.x_ng  # filled in once for both ways
+            return self.x_ng @ weight_gh
+        # Detached, or more is computed, for a gradient that comes another way.
+        return _look_up(self.counts, weight_gh.detach().contiguous())
+
+    def backward(self, up_nh: Tensor) -> Tensor:
+        """The transposed counts times what comes back, (g, h)."""
+        counts = self.counts
+        up_nh = up_nh.to(counts.value_m.dtype)  # under autocast, the product forward came in 16 bits
+        if self.x_ng is not None:
+            return self.x_ng.t() @ up_nh
         from scvi_lite.distributions.sparse_kernels import by_feature
 
         # Sorted by feature, so that a row of the gradient is written once.
-        start_g, row_m, value_m = by_feature(start, col_m, value_m, ctx.n_features)
-        dweight_gh = embedding_bag(row_m, up_nh.contiguous(), start_g[:-1], mode="sum", per_sample_weights=value_m)
-        return *(None,) * 3, dweight_gh
+        start_g, row_m, value_m = by_feature(counts.start, counts.col_m, counts.value_m, counts.n_features)
+        return embedding_bag(row_m, up_nh.contiguous(), start_g[:-1], mode="sum", per_sample_weights=value_m)
 
 
 def _look_up(counts: Counts, weight_gh: Tensor) -> Tensor:
@@ -89,7 +102,3 @@ def _look_up(counts: Counts, weight_gh: Tensor) -> Tensor:
     start_bn, col_m, value_m = block_rows(counts.start, counts.col_m, counts.value_m, counts.n_features, n_near)
     y_bnh = embedding_bag(col_m, weight_gh, start_bn.flatten(), mode="sum", per_sample_weights=value_m)
     return y_bnh.view(*start_bn.shape, -1).sum(0)
-
-
-def _share(counts: Counts) -> float:
-    return counts.value_m.shape[0] / max(1, counts.n_cells * counts.n_features)

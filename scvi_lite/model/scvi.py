@@ -13,6 +13,7 @@ from scvi_lite.data.fields import Matrix, columns_of_obs
 from scvi_lite.model import query
 from scvi_lite.model.base import arguments_of
 from scvi_lite.model.questions import ExpressionModel
+from scvi_lite.nn import by_hand
 from scvi_lite.nn.configure import activation_name, configure, library_prior
 from scvi_lite.nn.module import Loss
 from scvi_lite.nn.normal import kl_normal
@@ -35,6 +36,13 @@ class SCVIModule(CountVAE):
         kl_library_n = self.kl_library(batch, q)
         total = (reconstruction_n + kl_weight * kl_z_n + kl_library_n).mean()
         return Loss(total, reconstruction_n.sum(), (kl_z_n + kl_library_n).sum(), batch.n_cells)
+
+    @property
+    def is_by_hand(self) -> bool:
+        """Whether the gradient of the loss is written out for this network."""
+        return type(self) is SCVIModule and by_hand.is_usual(self)
+
+    loss_and_gradients = by_hand.loss_and_gradients
 
 
 class SCVI(ExpressionModel):

@@ -117,6 +117,15 @@ class Module(nn.Module, ABC):
     def loss(self, batch: Batch, kl_weight: float | Tensor = 1.0) -> Loss:
         """The loss of a minibatch. Options of a model's training plan come as further keywords."""
 
+    @property
+    def is_by_hand(self) -> bool:
+        """Whether :meth:`loss_and_gradients` exists for this network: a shorter way than that of autograd."""
+        return False
+
+    def loss_and_gradients(self, batch: Batch, kl_weight: float) -> tuple[Loss, dict[nn.Parameter, Tensor]]:
+        """The loss of a minibatch in training, of two cells or more, and its gradient for each weight."""
+        raise NotImplementedError
+
     def summarise(self, extra: Mapping[str, Tensor], n_cells: float) -> dict[str, float]:
         """Metrics of an epoch, from the sums of ``Loss.extra`` over all of its cells; by default their means."""
         return {name: float(value) / n_cells for name, value in extra.items()}

@@ -1,0 +1,151 @@
+"""The gradient of scVI that is written out, against that of autograd, and trainings with either."""
+
+import copy
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+
+import scvi_lite
+from scvi_lite.model import SCVI, LinearSCVI
+from scvi_lite.model.scvi import SCVIModule
+from scvi_lite.nn import layers
+
+SILENT = dict(accelerator="cpu", enable_progress_bar=False)
+
+
+def make(n_batches=2, covariates=False, model=SCVI, **options):
+    adata = scvi_lite.data.synthetic_iid(batch_size=60, n_genes=30, n_batches=n_batches, seed=0)
+    adata.obs["donor"] = np.resize(["a", "b", "c"], adata.n_obs)
+    more = {"categorical_covariate_keys": ["donor"]} if covariates else {}
+    model.setup_anndata(adata, batch_key="batch", **more)
+    torch.manual_seed(0)
+    return model(adata, n_hidden=24, n_latent=4, **options)
+
+
+def readable_and_by_hand(model, monkeypatch):
+    """Loss, its parts, gradients and running statistics, in doubles by autograd and by hand, with the same draws."""
+    (batch,) = model._minibatches(batch_size=1000)
+    noise_nk, kept_nh = torch.randn(batch.n_cells, 4), (torch.rand(batch.n_cells, 24) > 0.2) / 0.8
+    monkeypatch.setattr(torch, "randn", lambda *shape, **options: noise_nk.to(options.get("dtype")))
+    monkeypatch.setattr(layers, "dropout", lambda h, rate: h * kept_nh.to(h.dtype))
+    results = []
+    for by_hand in (False, True):
+        module = copy.deepcopy(model.module).train()
+        assert module.is_by_hand
+        if by_hand:
+            with torch.no_grad():
+                loss, gradients = module.loss_and_gradients(batch, 0.3)
+        else:
+            module, given = module.double(), copy.copy(batch)
+            given.x, given.total_n = batch.x.map(lambda value: value.double()), batch.total_n.double()
+            loss = module.loss(given, 0.3)
+            weights = list(module.parameters())
+            gradients = dict(zip(weights, torch.autograd.grad(loss.total, weights)))
+        names = {name: gradients.pop(weight) for name, weight in module.named_parameters()}
+        assert not gradients
+        parts = {"total": loss.total, "reconstruction": loss.reconstruction, "kl": loss.kl_local}
+        results.append(parts | names | dict(module.named_buffers()))
+    return results
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"gene_likelihood": "nb", "dropout_rate": 0.2},
+        {"dropout_rate": 0.2, "covariates": True},
+        {"n_batches": 1, "log_variational": False},
+        {"n_batches": 3, "covariates": True, "gene_likelihood": "nb", "deeply_inject_covariates": False},
+    ],
+    ids=str,
+)
+def test_gradients_are_those_of_the_readable_loss(options, monkeypatch):
+    model = make(**({"dropout_rate": 0.0} | options))
+    readable, by_hand = readable_and_by_hand(model, monkeypatch)
+    assert readable.keys() == by_hand.keys()
+    for name, expected in readable.items():
+        scale = max(1e-3, float(expected.detach().abs().max()))
+        torch.testing.assert_close(
+            by_hand[name].double(), expected.detach().double(), rtol=1e-4, atol=2e-5 * scale, msg=name
+        )
+
+
+def trained(by_hand, monkeypatch, callbacks=(), **options):
+    monkeypatch.setattr(SCVIModule, "is_by_hand", by_hand)
+    model = make(**options)
+    taken = []
+    monkeypatch.setattr(
+        SCVIModule, "loss_and_gradients", lambda *given, do=LOSS_AND_GRADIENTS: taken.append(1) or do(*given)
+    )
+    model.train(max_epochs=5, batch_size=32, callbacks=list(callbacks), **SILENT)
+    return model, len(taken)
+
+
+IS_BY_HAND, LOSS_AND_GRADIENTS = SCVIModule.is_by_hand, SCVIModule.loss_and_gradients
+
+
+def test_a_training_learns_the_same(monkeypatch):
+    usual, n_usual = trained(False, monkeypatch)
+    by_hand, n_by_hand = trained(IS_BY_HAND, monkeypatch)
+    assert n_usual == 0 and n_by_hand == 20
+    assert usual.history.keys() == by_hand.history.keys()
+    for name, frame in usual.history.items():
+        np.testing.assert_allclose(by_hand.history[name].astype(float), frame.astype(float), rtol=1e-4, atol=1e-6)
+    weights = by_hand.module.state_dict()
+    for name, weight in usual.module.state_dict().items():
+        torch.testing.assert_close(weights[name], weight, rtol=1e-3, atol=1e-4, msg=name)
+
+
+class Looks(Callback):
+    """Reads gradients."""
+
+    def on_after_backward(self, trainer, pl_module):
+        assert all(weight.grad is not None for weight in pl_module.module.parameters())
+
+
+def test_where_somebody_looks_into_steps_they_are_those_of_autograd(monkeypatch):
+    assert trained(IS_BY_HAND, monkeypatch, [Looks()])[1] == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"n_layers": 2},
+        {"dispersion": "gene-batch"},
+        {"gene_likelihood": "poisson"},
+        {"latent_distribution": "ln"},
+        {"use_observed_lib_size": False},
+        {"encode_covariates": True},
+        {"use_layer_norm": "both"},
+        {"use_batch_norm": "encoder"},
+        {"var_activation": "softplus"},
+        {"batch_representation": "embedding"},
+        {"model": LinearSCVI},
+    ],
+    ids=str,
+)
+def test_other_networks_go_by_autograd(options, monkeypatch):
+    assert not make(**options).module.is_by_hand
+    model, n_taken = trained(IS_BY_HAND, monkeypatch, **options)
+    assert n_taken == 0 and np.isfinite(model.history["elbo_train"].to_numpy(float)).all()
+
+
+def test_what_is_frozen_hooked_or_in_doubles_goes_by_autograd():
+    assert make().module.is_by_hand
+    assert not make().module.double().is_by_hand
+    reference = make()
+    reference.is_trained_ = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert not SCVI.load_query_data(reference.adata.copy(), reference).module.is_by_hand
+    for hook in (
+        lambda module: module.encoder.register_forward_hook(lambda *_: None),
+        lambda module: module.log_theta.register_hook(lambda gradient: gradient),
+        lambda module: module.log_theta.requires_grad_(False),
+    ):
+        module = make().module
+        hook(module)
+        assert not module.is_by_hand
