@@ -66,8 +66,10 @@ class _SparseLinear(torch.autograd.Function):
 class Product:
     """Counts times a weight (g, h), and the gradient of that weight."""
 
+    x_ng: Tensor | None = None
+
     def __init__(self, counts: Counts):
-        self.counts, self.x_ng = counts, None
+        self.counts = counts
         self.share = counts.value_m.shape[0] / max(1, counts.n_cells * counts.n_features)
 
     def forward(self, weight_gh: Tensor, both_ways: bool = True) -> Tensor:

@@ -47,7 +47,7 @@ def is_usual(module: CountVAE) -> bool:
     )
 
 
-def loss_and_gradients(module: CountVAE, batch: Batch, kl_weight: float) -> tuple[Loss, dict[nn.Parameter, Tensor]]:
+def loss_and_gradients(module: CountVAE, batch: Batch, kl_weight: float) -> tuple[Loss, dict[Tensor, Tensor]]:
     """The loss of a minibatch of two cells or more, and its gradient for each weight."""
     from scvi_lite.nn.unit_kernels import Units
 
@@ -77,7 +77,7 @@ def loss_and_gradients(module: CountVAE, batch: Batch, kl_weight: float) -> tupl
     total = (kl_weight * kl_n - log_likelihood_n).mean()
 
     # And back.
-    gradients: dict[nn.Parameter, Tensor] = {module.log_theta: dlog_theta_g}
+    gradients: dict[Tensor, Tensor] = {module.log_theta: dlog_theta_g}
     dg_nh = back(decoder.scale, g_nh, dlogit_ng, gradients)
     if ddropout_ng is not None:
         dg_nh += back(decoder.dropout, g_nh, ddropout_ng, gradients)
@@ -108,13 +108,13 @@ def linear(layer: nn.Linear, h_nh: Tensor) -> Tensor:
     return torch.addmm(layer.bias, h_nh, layer.weight.t())
 
 
-def back(layer: nn.Linear, h_nh: Tensor, d_nj: Tensor, gradients: dict[nn.Parameter, Tensor]) -> Tensor:
+def back(layer: nn.Linear, h_nh: Tensor, d_nj: Tensor, gradients: dict[Tensor, Tensor]) -> Tensor:
     """Back along a linear map: note the gradients of its weights, and give the derivative for its input."""
     gradients[layer.weight], gradients[layer.bias] = d_nj.t() @ h_nh, d_nj.sum(0)
     return d_nj @ layer.weight
 
 
-def units_back(units: Units, dy_nh: Tensor, y_nh: Tensor, rate: float, gradients: dict[nn.Parameter, Tensor]) -> Tensor:
+def units_back(units: Units, dy_nh: Tensor, y_nh: Tensor, rate: float, gradients: dict[Tensor, Tensor]) -> Tensor:
     """Back along hidden units: note the gradients of their norm, and give the derivative for what it normed."""
     norm, constant_h = units.norm, units.constant_h
     dx_nh, gradients[norm.weight], gradients[norm.bias] = units.backward(dy_nh, y_nh, 1 / (1 - rate))

@@ -103,7 +103,7 @@ def dropout(h: Tensor, rate: float) -> Tensor:
         return h * F.dropout(h.new_ones(shape), rate)
     from scvi_lite.nn.dropout_kernels import kept_units  # PyTorch takes longer to draw its numbers than for the layer
 
-    return h * kept_units(*shape, rate).to(h.dtype)
+    return h * kept_units(shape[0], shape[1], rate).to(h.dtype)
 
 
 def rows(table: Tensor, code: Tensor) -> Tensor:

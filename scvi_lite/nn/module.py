@@ -122,7 +122,7 @@ class Module(nn.Module, ABC):
         """Whether :meth:`loss_and_gradients` exists for this network: a shorter way than that of autograd."""
         return False
 
-    def loss_and_gradients(self, batch: Batch, kl_weight: float) -> tuple[Loss, dict[nn.Parameter, Tensor]]:
+    def loss_and_gradients(self, batch: Batch, kl_weight: float) -> tuple[Loss, dict[Tensor, Tensor]]:
         """The loss of a minibatch in training, of two cells or more, and its gradient for each weight."""
         raise NotImplementedError
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numba
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -80,7 +81,13 @@ def _forward(
         running_var_h[h] += momentum * (var_h[h] * F(n / (n - 1)) - running_var_h[h])
     for i in range(n):
         for h in range(U(first), U(last)):
-            y_nh[i, h] = max(x_nh[i, h] * slope_h[h] + shift_h[h], F(0))
+            y_nh[i, h] = positive(x_nh[i, h] * slope_h[h] + shift_h[h])
+
+
+@numba.njit
+def positive(x):
+    """max(x, 0), and NaN of NaN: a training that diverges must not hide it."""
+    return F(0) if x <= F(0) else x
 
 
 def _backward(first, last, dy_nh, x_nh, y_nh, weight_h, mean_h, rstd_h, dx_nh, dweight_h, dbias_h, factor):

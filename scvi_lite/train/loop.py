@@ -37,7 +37,6 @@ class MinibatchLoop(_TrainingEpochLoop):
         """Before each epoch: see who listens."""
         super().on_run_start(data_fetcher)
         self.is_plain = is_plain(self.trainer)
-        self.is_by_hand = self.is_plain and self.trainer.lightning_module.is_by_hand
         if self.first:
             self.first, self.graphed = False, graphed_step(self.trainer, self.is_plain)
         self.at_start, self.at_end = (
@@ -66,7 +65,7 @@ class MinibatchLoop(_TrainingEpochLoop):
         steps.increment_ready()
         if graphed:
             graphed.take(row_n)
-        elif self.is_by_hand and batch.n_cells > 1:
+        elif task.by_hand and batch.n_cells > 1:
             task.step_by_hand(batch, trainer.optimizers[0])
         else:
             task.descend(trainer.strategy.training_step(batch, number), trainer.optimizers[0])

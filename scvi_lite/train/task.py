@@ -60,6 +60,7 @@ class Task(pl.LightningModule):
         self.last_good: dict[str, Tensor] | None = None
         self.resumed: dict[str, Any] | None = None  #: what a checkpoint holds, until it is used
         self.schedule: torch.optim.lr_scheduler.ReduceLROnPlateau | None = None
+        self.by_hand = False  #: whether the module gives its gradient, and nothing needs that of autograd
         self.sums: dict[str, Sums] = {}
         self.held: list[tuple[Tensor, Tensor]] = []  #: frozen rows of parameters, and what they hold
 
@@ -93,6 +94,9 @@ class Task(pl.LightningModule):
             torch.manual_seed(saved.mix(self.trainer.datamodule.seed, self.trainer.global_rank))
         if self.last_good is None:
             self._remember()
+        plain = self.trainer.precision == "32-true" and not (self.plan.compile or torch.is_anomaly_enabled())
+        plain = plain and self.adversary is None and not self.plan.loss_options
+        self.by_hand = plain and self.module.is_by_hand
         needs_end = (
             "lr_schedule" if self.plan.lr_schedule else "n_steps_kl_warmup" if self.plan.warms_up_by_share else ""
         )
@@ -123,20 +127,23 @@ class Task(pl.LightningModule):
     def score(self, batch: Any) -> tuple[Tensor, int]:
         """What to descend, and its number of cells; its terms are added up. All that a step asks of the device."""
         batch = self._as_computed(batch)
+        if self.by_hand and batch.n_cells > 1:
+            return self._score_by_hand(batch), batch.n_cells
         loss = self.loss(batch, self.kl_weight, **self.plan.loss_options)
         self.sums["train"].add(loss)
         if self.adversary is None or loss.z_nk is None:
             return loss.total, loss.n_cells
         return loss.total + self._adversarial_loss(self.adversary, loss, batch), loss.n_cells
 
-    @property
-    def is_by_hand(self) -> bool:
-        """Whether steps may do without autograd, where nobody looks into them."""
-        plain = self.trainer.precision == "32-true" and not (self.plan.compile or torch.is_anomaly_enabled())
-        return plain and self.adversary is None and not self.plan.loss_options and self.module.is_by_hand
+    def _score_by_hand(self, batch: Any) -> Tensor:
+        """What to descend, to autograd a number of known gradient."""
+        with torch.no_grad():
+            loss, gradients = self.module.loss_and_gradients(batch, float(self.kl_weight))
+        self.sums["train"].add(loss)
+        return _Known.apply(loss.total, list(gradients.values()), *gradients)
 
     def step_by_hand(self, batch: Any, optimizer: torch.optim.Optimizer) -> None:
-        """A step whose gradient comes with the loss."""
+        """A step whose gradient comes with the loss, for which autograd need not be asked."""
         self.set_schedules()
         forget_gradients(optimizer)
         with torch.no_grad():
@@ -372,3 +379,16 @@ def forget_gradients(optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         for weight in group["params"]:
             weight.grad = None
+
+
+class _Known(torch.autograd.Function):
+    """A number whose gradients for some tensors are known."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *_: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, up: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(gradient * up for gradient in ctx.gradients)
