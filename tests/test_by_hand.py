@@ -153,7 +153,10 @@ def test_what_is_frozen_hooked_or_in_doubles_goes_by_autograd():
         lambda module: module.encoder.register_forward_hook(lambda *_: None),
         lambda module: module.log_theta.register_hook(lambda gradient: gradient),
         lambda module: module.log_theta.requires_grad_(False),
+        lambda module: module.decoder.hidden.blocks[0].batch_norm.eval(),
+        lambda module: setattr(module, "encoder", torch.nn.SyncBatchNorm.convert_sync_batchnorm(module.encoder)),
+        lambda module: setattr(module, "loss", module.loss),
     ):
-        module = make().module
+        module = make().module.train()
         hook(module)
         assert not module.is_by_hand

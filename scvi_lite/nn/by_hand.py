@@ -41,10 +41,16 @@ def is_usual(module: CountVAE) -> bool:
         and (c.use_batch_norm, c.use_layer_norm, c.batch_representation) == ("both", "none", "one-hot")
         and not (c.encode_covariates or c.n_conts or c.use_size_factor or c.latent_library)
         and module.frozen == Frozen()
+        and all(type(norm) is nn.BatchNorm1d and norm.training == module.training for norm in norms(module))
         and all(w.device.type == "cpu" and w.dtype == torch.float32 and w.requires_grad for w in module.parameters())
         and not any(w._backward_hooks or w._post_accumulate_grad_hooks for w in module.parameters())
         and not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
     )
+
+
+def norms(module: CountVAE) -> list[nn.Module]:
+    """Those of the hidden layers, which several devices exchange for another kind."""
+    return [part.hidden.blocks[0].batch_norm for part in (module.encoder, module.decoder)]
 
 
 def loss_and_gradients(module: CountVAE, batch: Batch, kl_weight: float) -> tuple[Loss, dict[Tensor, Tensor]]:
