@@ -1,6 +1,6 @@
 r"""The loss of scVI and its gradient in one piece, for the CPU: the usual network, without a record for autograd.
 
-Of a network of this size, keeping the record and walking back along it takes as long as a fifth of the arithmetic. The
+With a thousand genes, keeping the record and walking back along it takes an eighth of a step. The
 readable form is :meth:`scvi_lite.model.scvi.SCVIModule.loss`. The way back, where d is short for the derivative of
 the mean over n cells of :math:`-\log p(x \mid z) + w\,KL`:
 
