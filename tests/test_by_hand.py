@@ -151,6 +151,7 @@ def test_what_is_frozen_hooked_or_in_doubles_goes_by_autograd():
         assert not SCVI.load_query_data(reference.adata.copy(), reference).module.is_by_hand
     for hook in (
         lambda module: module.encoder.register_forward_hook(lambda *_: None),
+        lambda module: module.decoder.scale.register_full_backward_hook(lambda *_: None),
         lambda module: module.log_theta.register_hook(lambda gradient: gradient),
         lambda module: module.log_theta.requires_grad_(False),
         lambda module: module.decoder.hidden.blocks[0].batch_norm.eval(),

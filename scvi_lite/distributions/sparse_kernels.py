@@ -14,10 +14,11 @@ from scvi_lite.distributions.elementary_kernels import U
 def by_feature(start: Tensor, col_m: Tensor, value_m: Tensor, n_features: int) -> tuple[Tensor, Tensor, Tensor]:
     """Where each feature begins (g + 1), and cell and value of each non-zero, sorted by feature: a counting sort.
 
-    The two are int32, which takes half as long to write and to read as int64.
+    Places and cells are int32, half of what int64 would write and read.
 
-    >>> by_feature(torch.tensor([0, 2, 3]), torch.tensor([0, 2, 0]), torch.tensor([5.0, 6.0, 7.0]), 3)[0].tolist()
-    [0, 2, 2, 3]
+    >>> sorted_m = by_feature(torch.tensor([0, 2, 3]), torch.tensor([0, 2, 0]), torch.tensor([5.0, 6.0, 7.0]), 3)
+    >>> [part.tolist() for part in sorted_m]
+    [[0, 2, 2, 3], [0, 1, 0], [5.0, 7.0, 6.0]]
     """
     start_g, row_to = (torch.zeros(k, dtype=torch.int32) for k in (n_features + 1, len(col_m)))
     value_to = torch.empty_like(value_m)

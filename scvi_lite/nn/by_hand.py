@@ -1,8 +1,8 @@
 r"""The loss of scVI and its gradient in one piece, for the CPU: the usual network, without a record for autograd.
 
-With a thousand genes, keeping the record and walking back along it takes an eighth of a step. The
-readable form is :meth:`scvi_lite.model.scvi.SCVIModule.loss`. The way back, where d is short for the derivative of
-the mean over n cells of :math:`-\log p(x \mid z) + w\,KL`:
+With a thousand genes, keeping the record and walking back along it takes an eighth of a step. The readable form
+is :meth:`scvi_lite.model.scvi.SCVIModule.loss`. The way back, where d is short for the derivative of the mean over n
+cells of :math:`-\log p(x \mid z) + w\,KL`:
 
 * The score of the counts gives d of logits and dropout, :mod:`scvi_lite.distributions.kernels`; each linear map W gets
   :math:`d^\top h` and hands :math:`d W` down; hidden units, :mod:`scvi_lite.nn.unit_kernels`.
@@ -45,6 +45,7 @@ def is_usual(module: CountVAE) -> bool:
         and all(w.device.type == "cpu" and w.dtype == torch.float32 and w.requires_grad for w in module.parameters())
         and not any(w._backward_hooks or w._post_accumulate_grad_hooks for w in module.parameters())
         and not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+        and not any(part._backward_hooks or part._backward_pre_hooks for part in module.modules())
     )
 
 

@@ -128,28 +128,27 @@ class Task(pl.LightningModule):
         """What to descend, and its number of cells; its terms are added up. All that a step asks of the device."""
         batch = self._as_computed(batch)
         if self.by_hand and batch.n_cells > 1:
-            return self._score_by_hand(batch), batch.n_cells
+            total, gradients = self._score_by_hand(batch)
+            return _Known.apply(total, list(gradients.values()), *gradients), batch.n_cells
         loss = self.loss(batch, self.kl_weight, **self.plan.loss_options)
         self.sums["train"].add(loss)
         if self.adversary is None or loss.z_nk is None:
             return loss.total, loss.n_cells
         return loss.total + self._adversarial_loss(self.adversary, loss, batch), loss.n_cells
 
-    def _score_by_hand(self, batch: Any) -> Tensor:
-        """What to descend, to autograd a number of known gradient."""
+    def _score_by_hand(self, batch: Any) -> tuple[Tensor, dict[Tensor, Tensor]]:
+        """What to descend, and its gradient for each weight; its terms are added up."""
         with torch.no_grad():
             loss, gradients = self.module.loss_and_gradients(batch, float(self.kl_weight))
         self.sums["train"].add(loss)
-        return _Known.apply(loss.total, list(gradients.values()), *gradients)
+        return loss.total, gradients
 
     def step_by_hand(self, batch: Any, optimizer: torch.optim.Optimizer) -> None:
         """A step whose gradient comes with the loss, for which autograd need not be asked."""
         self.set_schedules()
         forget_gradients(optimizer)
-        with torch.no_grad():
-            loss, gradients = self.module.loss_and_gradients(batch, float(self.kl_weight))
-        self.sums["train"].add(loss)
-        self.count_step(loss.n_cells)
+        _, gradients = self._score_by_hand(batch)
+        self.count_step(batch.n_cells)
         for weight, gradient in gradients.items():
             weight.grad = gradient
         optimizer.step()
