@@ -19,7 +19,7 @@ from scvi_lite.analysis.inputs import cell_rows
 from scvi_lite.errors import UnknownKeyError, as_options, check_choice, check_whole, unknown
 
 if TYPE_CHECKING:
-    from scvi_lite.data.modalities import Data
+    from scvi_lite._typing import Data
     from scvi_lite.model.base import Model
 
 LEVELS = (0.025, 0.05, 0.075, 0.1, 0.125, 0.15, 0.175, 0.825, 0.85, 0.875, 0.9, 0.925, 0.95, 0.975)

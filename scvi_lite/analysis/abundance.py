@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 import torch
 
 from scvi_lite.analysis.importance import subset
@@ -17,10 +18,7 @@ from scvi_lite.data.columns import obs_column
 from scvi_lite.errors import UnknownKeyError, check_whole
 
 if TYPE_CHECKING:
-    import pandas as pd
-    from anndata import AnnData
-
-    from scvi_lite.model.base import Model
+    from scvi_lite._typing import AnnData, Model
 
 KEY = "da_log_probs"
 
@@ -75,8 +73,6 @@ def differential_abundance(
     >>> model.differential_abundance(sample_key="batch").columns.tolist()
     ['batch_0', 'batch_1']
     """
-    import pandas as pd
-
     if sample_key is None:
         raise UnknownKeyError("sample_key is needed: the column of adata.obs that names the sample of each cell.")
     if num_cells_posterior is not None:

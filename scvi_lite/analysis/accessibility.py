@@ -12,6 +12,7 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -25,12 +26,7 @@ from scvi_lite.data.checks import value_blocks
 from scvi_lite.errors import StateError, unknown
 
 if TYPE_CHECKING:
-    import pandas as pd
-    from anndata import AnnData
-    from scipy.sparse import csr_matrix
-
-    from scvi_lite.data.batch import Batch
-    from scvi_lite.model.base import Model
+    from scvi_lite._typing import AnnData, Batch, Model, csr_matrix
 
 logger = logging.getLogger("scvi_lite")
 

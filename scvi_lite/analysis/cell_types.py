@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -14,12 +15,7 @@ from scvi_lite.analysis.inputs import to_numpy
 from scvi_lite.errors import StateError, check_whole
 
 if TYPE_CHECKING:
-    import pandas as pd
-    from anndata import AnnData
-
-    from scvi_lite.data.batch import Batch
-    from scvi_lite.model.condscvi import CondSCVI
-    from scvi_lite.nn.vae import Posterior
+    from scvi_lite._typing import AnnData, Batch, CondSCVI, Posterior
 
 
 @torch.inference_mode()
@@ -110,8 +106,6 @@ def predict(
     RuntimeError
         If the model was made without fine labels.
     """
-    import pandas as pd
-
     if not model.fine_labels:
         raise StateError(
             "This model knows no fine labels. Give them at setup: CondSCVI.setup_anndata(adata, labels_key=..., "
@@ -149,8 +143,6 @@ def confusion_coarse_celltypes(
     pandas.DataFrame
         Types of the cells × types they are explained as; rows sum to 1. A row is NaN where there are no cells.
     """
-    import pandas as pd
-
     model._warn_if_untrained()
     n_labels = model.registry.n_labels
     sum_ll, count_l = torch.zeros(n_labels, n_labels, dtype=torch.float64), torch.zeros(n_labels)

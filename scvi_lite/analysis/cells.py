@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -15,12 +16,7 @@ from scvi_lite.analysis.output import Out, collect
 from scvi_lite.errors import check_whole, warn
 
 if TYPE_CHECKING:
-    import pandas as pd
-
-    from scvi_lite.data.batch import Batch
-    from scvi_lite.data.modalities import Data
-    from scvi_lite.model.base import Model
-    from scvi_lite.nn.vae import Posterior
+    from scvi_lite._typing import Batch, Data, Model, Posterior
 
 Parts = dict[str, Tensor]  # what is asked of a minibatch, (..., n, features) each
 
@@ -158,8 +154,6 @@ def frame(
 
     What is to stay ``plain``, or has a dimension of draws, is given as it is.
     """
-    import pandas as pd
-
     if plain or value.ndim == 3:
         return value
     columns = pd.Index(names) if positions is None else pd.Index(names)[positions]

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 import torch
 
 from scvi_lite.analysis.by_gene import surest_first
@@ -20,12 +21,9 @@ from scvi_lite.analysis.output import writing
 from scvi_lite.errors import StateError
 
 if TYPE_CHECKING:
-    import pandas as pd
-    from anndata import AnnData
     from torch import Tensor
 
-    from scvi_lite.data.batch import Batch
-    from scvi_lite.model.base import Model
+    from scvi_lite._typing import AnnData, Batch, Model
 
 Codes = Sequence[int | None]
 Sampler = Callable[[np.ndarray, Codes], np.ndarray]  # rows of a population, batches to decode as -> draws (s, g)
@@ -64,7 +62,6 @@ def compare(
     n_permuted: int | None,
 ) -> pd.DataFrame:
     """Compare populations feature by feature, each with draws that are decoded as from its ``codes`` of batches."""
-    import pandas as pd
     from tqdm.auto import tqdm
 
     if not features.names:

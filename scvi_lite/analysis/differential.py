@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
 from scvi_lite.analysis.comparing import Codes, Features, compare, decode_in_turn
 from scvi_lite.analysis.effects import levels, make_test
@@ -21,10 +22,7 @@ from scvi_lite.analysis.latent import posterior_parameters
 from scvi_lite.errors import as_options, check_choice, check_options, check_whole, unknown
 
 if TYPE_CHECKING:
-    import pandas as pd
-    from anndata import AnnData
-
-    from scvi_lite.model.base import Model
+    from scvi_lite._typing import AnnData, Model
 
 OUTLIERS = 0.1  # share of the cells that the filter removes
 CELLS_PER_DIMENSION = 5  # fewer cells than this do not tell where a population ends

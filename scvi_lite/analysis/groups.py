@@ -15,9 +15,7 @@ from scvi_lite.data.rows import Rows
 from scvi_lite.errors import unknown
 
 if TYPE_CHECKING:
-    from anndata import AnnData
-
-    from scvi_lite.model.base import Model
+    from scvi_lite._typing import AnnData, Model
 
 REST = "Rest"
 PER_CELL = 1e4  # total of a cell in normalised counts

@@ -21,9 +21,7 @@ from scvi_lite.errors import as_options, check_options, check_whole
 from scvi_lite.nn.normal import draw_normal
 
 if TYPE_CHECKING:
-    from anndata import AnnData
-
-    from scvi_lite.model.base import Model
+    from scvi_lite._typing import AnnData, Model
 
 OPTIONS = ("max_cells", "truncation", "n_mc_samples", "n_mc_samples_per_pass")
 MAX_CELLS = 1024

@@ -25,9 +25,7 @@ from scvi_lite.errors import (
 )
 
 if TYPE_CHECKING:
-    from anndata import AnnData
-
-    from scvi_lite.model.base import Model
+    from scvi_lite._typing import AnnData, Model
 
 NUMBERS_AT_ONCE = 1 << 21  # size of the largest temporary array: 8 MiB in float32, which stay near the processor
 MAX_BATCH = 1024

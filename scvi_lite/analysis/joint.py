@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -20,12 +21,7 @@ from scvi_lite.analysis.predictive import correlate, denoised, parameters_of
 from scvi_lite.analysis.proteins import protein_positions
 
 if TYPE_CHECKING:
-    import pandas as pd
-
-    from scvi_lite.analysis.proteins import Data
-    from scvi_lite.data.batch import Batch
-    from scvi_lite.model.base import Model
-    from scvi_lite.nn.vae import Posterior
+    from scvi_lite._typing import Batch, Data, Model, Posterior
 
 
 def get_likelihood_parameters(

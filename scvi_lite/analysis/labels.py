@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -13,12 +14,7 @@ from scvi_lite.analysis.inputs import minibatch_size, needs_counts, to_numpy
 from scvi_lite.errors import as_options, check_options
 
 if TYPE_CHECKING:
-    import pandas as pd
-    from anndata import AnnData
-
-    from scvi_lite.data.batch import Batch
-    from scvi_lite.model.base import Model
-    from scvi_lite.nn.scanvi import SCANVIModule
+    from scvi_lite._typing import AnnData, Batch, Model, SCANVIModule
 
 IG_OPTIONS = ("n_steps", "method")
 N_STEPS = 50
@@ -82,8 +78,6 @@ def predict(
     >>> model.predict(soft=True).columns.tolist()
     ['label_0', 'label_1']
     """
-    import pandas as pd
-
     model._warn_if_untrained()
     adata = model._check(adata)
     rows, names = model._rows(adata, indices), np.asarray(model.registry.categories("label_n")[:-1])
@@ -102,8 +96,6 @@ def explain(
     model: Model, adata: AnnData, rows: np.ndarray, batch_size: int | None, ig_args: Mapping[str, Any] | None
 ) -> pd.DataFrame:
     """How much each gene speaks for the labels that cells are given; see :func:`predict`."""
-    import pandas as pd
-
     try:
         from captum.attr import IntegratedGradients
     except ImportError as error:

@@ -18,10 +18,7 @@ from scvi_lite.errors import check_whole
 from scvi_lite.nn.vae import Posterior
 
 if TYPE_CHECKING:
-    from anndata import AnnData
-
-    from scvi_lite.data.batch import Batch
-    from scvi_lite.model.base import Model
+    from scvi_lite._typing import AnnData, Batch, Model
 
 
 def get_elbo(

@@ -17,11 +17,7 @@ from scvi_lite.data.registry import MINIFY_KEY, WITHOUT_COUNTS, note
 from scvi_lite.errors import StateError, UnknownKeyError, check_choice, unknown
 
 if TYPE_CHECKING:
-    from anndata import AnnData
-    from mudata import MuData
-
-    from scvi_lite.data.registry import Registry
-    from scvi_lite.model.base import Model
+    from scvi_lite._typing import AnnData, Model, MuData, Registry
 
 WITH_COUNTS = "latent_posterior_parameters_with_counts"
 LIBRARY_KEY = "observed_lib_size"

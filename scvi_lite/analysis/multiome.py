@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -23,11 +24,7 @@ from scvi_lite.errors import StateError, check_choice
 from scvi_lite.nn.vae import Posterior
 
 if TYPE_CHECKING:
-    import pandas as pd
-
-    from scvi_lite.data.batch import Batch
-    from scvi_lite.data.modalities import Data
-    from scvi_lite.model.base import Model
+    from scvi_lite._typing import Batch, Data, Model
 
 
 def get_latent_representation(

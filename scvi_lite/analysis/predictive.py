@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -17,15 +18,9 @@ from scvi_lite.analysis.output import Out, collect, sparse_rows
 from scvi_lite.errors import check_choice, check_whole
 
 if TYPE_CHECKING:
-    import pandas as pd
-    from anndata import AnnData
     from scipy import sparse
 
-    from scvi_lite.data.batch import Batch
-    from scvi_lite.data.modalities import Data
-    from scvi_lite.model.base import Model
-    from scvi_lite.nn.rates import Rates
-    from scvi_lite.nn.vae import Posterior
+    from scvi_lite._typing import AnnData, Batch, Data, Model, Posterior, Rates
 
 
 def posterior_predictive_sample(
@@ -221,8 +216,6 @@ def correlate(
     transform: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> pd.DataFrame:
     """Correlation of the rates of cells that all have one library size, averaged over batches and draws: (f, f)."""
-    import pandas as pd
-
     check_choice(("spearman", "pearson"), correlation_type=kind)
     if not size_factor > 0:
         raise ValueError(f"rna_size_factor={size_factor!r}: a positive number is needed.")

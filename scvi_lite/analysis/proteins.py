@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -21,13 +22,7 @@ from scvi_lite.analysis.output import Out, pair
 from scvi_lite.errors import check_choice, check_number
 
 if TYPE_CHECKING:
-    import pandas as pd
-
-    from scvi_lite.data.batch import Batch
-    from scvi_lite.data.modalities import Data
-    from scvi_lite.model.base import Model
-    from scvi_lite.nn.protein import ProteinRates
-    from scvi_lite.nn.vae import Posterior
+    from scvi_lite._typing import Batch, Data, Model, Posterior, ProteinRates
 
 FIELD_OF = {"rna": "x", "protein": "proteins_np"}  #: where the counts of a kind of feature are
 Frames = tuple["pd.DataFrame", "pd.DataFrame"] | tuple[np.ndarray, np.ndarray]

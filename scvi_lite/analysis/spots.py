@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -16,14 +17,7 @@ from scvi_lite.nn.conditional import CondSCVIModule
 from scvi_lite.nn.normal import draw_normal
 
 if TYPE_CHECKING:
-    import pandas as pd
-    from anndata import AnnData
-    from scipy.sparse import csr_matrix
-
-    from scvi_lite.data.batch import Batch
-    from scvi_lite.model.condscvi import CondSCVI
-    from scvi_lite.model.destvi import DestVI
-    from scvi_lite.nn.deconvolution import Spots
+    from scvi_lite._typing import AnnData, Batch, CondSCVI, DestVI, Spots, csr_matrix
 
 
 def minibatches(
@@ -37,8 +31,6 @@ def minibatches(
 
 def frame(model: DestVI, value: np.ndarray, indices: Any, columns: Any) -> pd.DataFrame:
     """One row for each of the spots."""
-    import pandas as pd
-
     return pd.DataFrame(value, model.adata.obs_names[model._rows(model.adata, indices)], columns)
 
 

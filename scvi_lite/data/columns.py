@@ -12,9 +12,7 @@ from scvi_lite.data.modalities import is_mudata, name_of, part_of, place_of
 from scvi_lite.errors import UnknownKeyError, listing, unknown, warn
 
 if TYPE_CHECKING:
-    from mudata import MuData
-
-    from scvi_lite.data.modalities import Data
+    from scvi_lite._typing import Data, MuData
 
 QUESTIONS = ("groupby", "sample_key")  # arguments of questions, which name no modalities
 

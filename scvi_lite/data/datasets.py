@@ -16,8 +16,7 @@ from scvi_lite.data.simulator import numbered, simulate
 from scvi_lite.errors import check_choice, check_options
 
 if TYPE_CHECKING:
-    from anndata import AnnData
-    from mudata import MuData
+    from scvi_lite._typing import AnnData, MuData
 
 __all__ = ["pbmc68k_reduced", "simulate", "synthetic_iid"]
 

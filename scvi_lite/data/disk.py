@@ -17,10 +17,7 @@ from scvi_lite.data.rows import Rows
 from scvi_lite.data.store import CellStore, cell_tensors, load
 
 if TYPE_CHECKING:
-    from anndata import AnnData
-    from mudata import MuData
-
-    from scvi_lite.data.registry import Registry
+    from scvi_lite._typing import AnnData, MuData, Registry
 
 BYTES_PER_NONZERO = 6  # a cautious guess of compact CSR: int16 or int32 columns, uint8 or int16 values
 SHARE_OF_MEMORY = 0.5

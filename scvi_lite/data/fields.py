@@ -18,7 +18,7 @@ from scvi_lite.data.modalities import name_of, part_of
 from scvi_lite.errors import UnknownKeyError, unknown, warn
 
 if TYPE_CHECKING:
-    from scvi_lite.data.modalities import Data
+    from scvi_lite._typing import Data
 
 FAR_FROM_ONE = 1000.0  # of a covariate: counts are beyond, percentages and ages are not
 

@@ -12,8 +12,7 @@ from scvi_lite.data.modalities import check_anndata, check_mudata, name_of, part
 from scvi_lite.errors import listing, nearest, warn
 
 if TYPE_CHECKING:
-    from anndata import AnnData
-    from mudata import MuData
+    from scvi_lite._typing import AnnData, MuData
 
 
 def match_genes(data: AnnData | MuData, var_names: Sequence[str] | Mapping[str, Sequence[str]]) -> AnnData | MuData:

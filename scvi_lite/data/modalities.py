@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from scvi_lite.errors import UnknownKeyError, as_options, check_options, listing, unknown
 
 if TYPE_CHECKING:
-    from anndata import AnnData
-    from mudata import MuData
-
-    Data: TypeAlias = AnnData | MuData
+    from scvi_lite._typing import Data, MuData
 
 CURES_OF_ANNDATA = {
     "bool": "Without data a saved model is a reference: Model.load_query_data(adata, folder).",

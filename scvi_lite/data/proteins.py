@@ -15,7 +15,7 @@ from scvi_lite.data.modalities import name_of, part_of, place_of
 from scvi_lite.errors import UnknownKeyError, listing, unknown, warn
 
 if TYPE_CHECKING:
-    from scvi_lite.data.modalities import Data
+    from scvi_lite._typing import Data
 
 logger = logging.getLogger("scvi_lite")
 

@@ -19,9 +19,7 @@ from scvi_lite.data.registry import Registry
 from scvi_lite.errors import UnknownKeyError, listing, warn
 
 if TYPE_CHECKING:
-    from anndata import AnnData
-
-    from scvi_lite.data.modalities import Data
+    from scvi_lite._typing import AnnData, Data
 
 
 def fill_genes(adata: AnnData, var_names: Sequence[str]) -> AnnData:

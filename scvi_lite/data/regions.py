@@ -14,10 +14,7 @@ from scvi_lite.data.registry import Registry
 from scvi_lite.errors import listing, warn
 
 if TYPE_CHECKING:
-    from anndata import AnnData
-    from mudata import MuData
-
-    from scvi_lite.data.modalities import Data
+    from scvi_lite._typing import AnnData, Data, MuData
 
 
 def count_genes(adata: AnnData, n_genes: int | None, n_regions: int | None) -> int:

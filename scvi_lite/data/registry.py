@@ -17,7 +17,7 @@ from scvi_lite.errors import StateError, UnknownKeyError, listing, unknown
 if TYPE_CHECKING:
     import numpy as np
 
-    from scvi_lite.data.modalities import Data
+    from scvi_lite._typing import Data
     from scvi_lite.data.rows import Rows
 
 FIELDS: tuple[type[Field], ...] = (

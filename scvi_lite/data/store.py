@@ -19,10 +19,7 @@ from scvi_lite.data.resident import ResidentCounts
 from scvi_lite.data.rows import Rows, canonical, row_sums
 
 if TYPE_CHECKING:
-    from anndata import AnnData
-    from mudata import MuData
-
-    from scvi_lite.data.registry import Registry
+    from scvi_lite._typing import AnnData, MuData, Registry
 
 ROWS = 1024  # rows copied in one go
 KERNELS = "scvi_lite.data.triton_kernels"

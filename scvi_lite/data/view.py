@@ -12,7 +12,7 @@ from scvi_lite.data.registry import Registry
 from scvi_lite.errors import UnknownKeyError, unknown
 
 if TYPE_CHECKING:
-    from scvi_lite.data.modalities import Data
+    from scvi_lite._typing import Data
 
 
 class RegistryKeys(NamedTuple):

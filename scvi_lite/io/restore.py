@@ -14,10 +14,7 @@ from scvi_lite.errors import listing, warn
 from scvi_lite.io.folder import find_data
 
 if TYPE_CHECKING:
-    from anndata import AnnData
-    from mudata import MuData
-
-    from scvi_lite.data.registry import Registry
+    from scvi_lite._typing import AnnData, MuData, Registry
 
 
 def check_names(var_names: Any, registry: Registry) -> list[str] | dict[str, list[str]]:

@@ -99,7 +99,8 @@ class Model(metaclass=SaysInstead):
     def _build(self, adata: AnnData, registry: Registry, arguments: dict[str, Any]) -> None:
         self._adata, self.registry = adata, registry
         self._view: SetupView | None = None
-        self._arguments = {name: x.item() if isinstance(x, np.generic) else x for name, x in arguments.items()}
+        of_numpy = (np.generic, np.ndarray)
+        self._arguments = {name: x.tolist() if isinstance(x, of_numpy) else x for name, x in arguments.items()}
         self._var_names = registry.var_names(adata)
         self.is_trained = False
         self._history = Named()

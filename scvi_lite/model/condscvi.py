@@ -26,9 +26,7 @@ from scvi_lite.nn.configure import configure
 from scvi_lite.train.plan import Plan
 
 if TYPE_CHECKING:
-    from anndata import AnnData
-
-    from scvi_lite.data.registry import Registry
+    from scvi_lite._typing import AnnData, Registry
 
 NETWORK_OPTIONS = ("log_variational", "encode_covariates", "prior", "num_classes_mog", "ct_weight")
 
@@ -114,8 +112,6 @@ class CondSCVI(ExpressionModel):
         **network_options: Any,
     ):
         given = arguments_of(locals())
-        if isinstance(weight := network_options.get("ct_weight"), np.ndarray):
-            network_options["ct_weight"] = weight.tolist()
         super().__init__(adata, given | network_options, (*given, *NETWORK_OPTIONS))
 
     def _make_module(self, arguments: dict[str, Any]) -> CondSCVIModule:

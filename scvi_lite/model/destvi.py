@@ -20,9 +20,7 @@ from scvi_lite.nn.deconvolution import SpotConfig, SpotModule
 from scvi_lite.train.plan import Plan
 
 if TYPE_CHECKING:
-    from anndata import AnnData
-
-    from scvi_lite.model.condscvi import CondSCVI
+    from scvi_lite._typing import AnnData, CondSCVI
 
 NETWORK_OPTIONS = (
     "amortization", "prior_mode", "n_states_per_label", "add_celltypes", "augmentation", "n_samples_augmentation",

@@ -17,12 +17,9 @@ from scvi_lite.nn.module import Frozen
 from scvi_lite.train.devices import choose_device
 
 if TYPE_CHECKING:
-    from anndata import AnnData
     from torch import Tensor
 
-    from scvi_lite.io.folder import SavedModel
-    from scvi_lite.model.base import Model
-    from scvi_lite.nn.module import Module
+    from scvi_lite._typing import AnnData, Model, Module, SavedModel
 
 M = TypeVar("M", bound="Model")
 

@@ -12,11 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from scvi_lite.analysis import importance, minify
 from scvi_lite.data.fields import Matrix, columns_of_obs
-from scvi_lite.model import query
 from scvi_lite.model.base import arguments_of
-from scvi_lite.model.questions import ExpressionModel
+from scvi_lite.model.questions import ReferenceModel
 from scvi_lite.model.scvi import SCVIModule
 from scvi_lite.nn.configure import configure, library_prior
 from scvi_lite.nn.layers import CovariateLinear
@@ -92,7 +90,7 @@ class LinearSCVIModule(SCVIModule):
         return LinearDecoder(self.config, self.n_cats)
 
 
-class LinearSCVI(ExpressionModel):
+class LinearSCVI(ReferenceModel):
     """Linearly decoded variational autoencoder (LDVAE): factors of expression that can be read gene by gene.
 
     Parameters
@@ -137,12 +135,6 @@ class LinearSCVI(ExpressionModel):
     >>> model.get_loadings().shape
     (20, 5)
     """
-
-    load_query_data = classmethod(query.load_query_data)
-    prepare_query_anndata = staticmethod(query.prepare_query_anndata)
-    get_importance_weights = importance.get_importance_weights
-    minify_adata = minify.minify_adata
-    minified_data_type = property(minify.minified)
 
     def __init__(
         self,

@@ -18,9 +18,9 @@ from scvi_lite.data.modalities import read_modalities
 from scvi_lite.data.proteins import Proteins
 from scvi_lite.data.regions import count_genes, depth_field, first_columns, two_matrices, with_regions
 from scvi_lite.data.registry import Registry
-from scvi_lite.errors import check_flag, check_whole, warn, without_absent, without_needless
+from scvi_lite.errors import check_flag, check_whole, warn, without_needless
 from scvi_lite.model import query
-from scvi_lite.model.base import ABSENT, arguments_of
+from scvi_lite.model.base import arguments_of
 from scvi_lite.model.questions import CellModel
 from scvi_lite.nn.accessibility import default_sizes
 from scvi_lite.nn.classifier import Adversary
@@ -30,10 +30,8 @@ from scvi_lite.train.plan import AdversarialPlan
 
 if TYPE_CHECKING:
     import pandas as pd
-    from anndata import AnnData
-    from mudata import MuData
 
-    from scvi_lite.data.modalities import Data
+    from scvi_lite._typing import AnnData, Data, MuData
 
 WIDEST = 128  # of hidden layers whose width is not given
 
@@ -154,7 +152,7 @@ class MULTIVI(CellModel):
         **absent: Any,
     ):
         given = arguments_of(locals()) | {"modality_penalty": str(modality_penalty)}
-        super().__init__(adata, given | without_absent("MULTIVI", absent, ABSENT, given))
+        super().__init__(adata, given | absent, given)
 
     def _build(self, adata: Data, registry: Registry, arguments: dict[str, Any]) -> None:
         check_whole(n_layers_encoder=arguments["n_layers_encoder"])

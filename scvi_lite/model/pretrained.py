@@ -14,12 +14,9 @@ from scvi_lite.data.labels import Labels
 from scvi_lite.errors import StateError, listing, warn
 
 if TYPE_CHECKING:
-    from anndata import AnnData
     from torch import Tensor
 
-    from scvi_lite.data.registry import Registry
-    from scvi_lite.model.scanvi import SCANVI
-    from scvi_lite.model.scvi import SCVI
+    from scvi_lite._typing import SCANVI, SCVI, AnnData, Registry
 
 S = TypeVar("S", bound="SCANVI")
 

@@ -25,10 +25,7 @@ from scvi_lite.nn.surgery import Freeze, choose_frozen, grow
 from scvi_lite.train.devices import choose_device
 
 if TYPE_CHECKING:
-    from anndata import AnnData
-    from mudata import MuData
-
-    from scvi_lite.io.folder import SavedModel
+    from scvi_lite._typing import AnnData, MuData, SavedModel
 
 
 def prepare_query_anndata(

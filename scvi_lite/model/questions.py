@@ -1,6 +1,7 @@
 """Bases of models that answer the same questions; what a model answers beside them is in its own file."""
 
-from scvi_lite.analysis import abundance, differential, expression, latent, likelihood, predictive
+from scvi_lite.analysis import abundance, differential, expression, importance, latent, likelihood, minify, predictive
+from scvi_lite.model import query
 from scvi_lite.model.base import Model
 
 
@@ -24,3 +25,13 @@ class ExpressionModel(CellModel):
     posterior_predictive_sample = predictive.posterior_predictive_sample
     get_feature_correlation_matrix = predictive.get_feature_correlation_matrix
     differential_expression = differential.differential_expression
+
+
+class ReferenceModel(ExpressionModel):
+    """Base of those of them that queries are mapped onto, and whose data may be minified."""
+
+    load_query_data = classmethod(query.load_query_data)
+    prepare_query_anndata = staticmethod(query.prepare_query_anndata)
+    get_importance_weights = importance.get_importance_weights
+    minify_adata = minify.minify_adata
+    minified_data_type = property(minify.minified)

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scvi_lite.analysis import importance, labels, minify
+from scvi_lite.analysis import labels
 from scvi_lite.data.fields import Matrix, columns_of_obs
 from scvi_lite.data.labels import Labels
 from scvi_lite.data.supervision import Supervision
 from scvi_lite.errors import warn, without_needless
-from scvi_lite.model import pretrained, query
+from scvi_lite.model import pretrained
 from scvi_lite.model.base import arguments_of
-from scvi_lite.model.questions import ExpressionModel
+from scvi_lite.model.questions import ReferenceModel
 from scvi_lite.nn.classifier import Adversary
 from scvi_lite.nn.configure import activation_name, configure, library_prior
 from scvi_lite.nn.scanvi import SCANVIConfig, SCANVIModule
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 NEEDLESS = {"labels_groups": "no term of the loss depends on it, here and in scvi-tools"}
 
 
-class SCANVI(ExpressionModel):
+class SCANVI(ReferenceModel):
     """Single-cell annotation using variational inference: label the cells that have no label yet.
 
     Parameters
@@ -67,12 +67,7 @@ class SCANVI(ExpressionModel):
     """
 
     predict = labels.predict
-    get_importance_weights = importance.get_importance_weights
-    load_query_data = classmethod(query.load_query_data)
-    prepare_query_anndata = staticmethod(query.prepare_query_anndata)
     from_scvi_model = classmethod(pretrained.from_scvi_model)
-    minify_adata = minify.minify_adata
-    minified_data_type = property(minify.minified)
 
     plan = SemiSupervisedPlan()
 

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from scvi_lite.analysis import importance, latent, minify
+from scvi_lite.analysis import latent
 from scvi_lite.data.batch import Batch
 from scvi_lite.data.fields import Matrix, columns_of_obs
-from scvi_lite.model import query
 from scvi_lite.model.base import arguments_of
-from scvi_lite.model.questions import ExpressionModel
+from scvi_lite.model.questions import ReferenceModel
 from scvi_lite.nn import by_hand
 from scvi_lite.nn.configure import activation_name, configure, library_prior
 from scvi_lite.nn.module import Loss
@@ -45,7 +44,7 @@ class SCVIModule(CountVAE):
     loss_and_gradients = by_hand.loss_and_gradients
 
 
-class SCVI(ExpressionModel):
+class SCVI(ReferenceModel):
     """Single-cell variational inference: integrate batches, denoise and compare expression.
 
     Parameters
@@ -96,11 +95,6 @@ class SCVI(ExpressionModel):
     """
 
     get_batch_representation = latent.get_batch_representation
-    get_importance_weights = importance.get_importance_weights
-    load_query_data = classmethod(query.load_query_data)
-    prepare_query_anndata = staticmethod(query.prepare_query_anndata)
-    minify_adata = minify.minify_adata
-    minified_data_type = property(minify.minified)
 
     def __init__(
         self,

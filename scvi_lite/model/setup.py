@@ -10,9 +10,7 @@ from scvi_lite.data.view import Named, SetupView
 from scvi_lite.errors import UnknownKeyError, unknown
 
 if TYPE_CHECKING:
-    from anndata import AnnData
-
-    from scvi_lite.model.base import Model
+    from scvi_lite._typing import AnnData, Model
 
 
 def adata_manager(model: Model) -> SetupView:

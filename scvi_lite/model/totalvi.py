@@ -23,8 +23,7 @@ from scvi_lite.nn.total import TotalConfig, TOTALVIModule
 from scvi_lite.train.plan import AdversarialPlan
 
 if TYPE_CHECKING:
-    from anndata import AnnData
-    from mudata import MuData
+    from scvi_lite._typing import AnnData, MuData
 
 MANY_PROTEINS = 10  # above, the prior of the background is taken from the data
 NAMES = {"n_layers": "n_layers_encoder", "dropout_rate": "dropout_rate_encoder", "dispersion": "gene_dispersion"}

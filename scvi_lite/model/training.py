@@ -29,8 +29,7 @@ from scvi_lite.train.strategies import workers_needed
 from scvi_lite.train.task import Task
 
 if TYPE_CHECKING:
-    from scvi_lite.data.supervision import Supervision
-    from scvi_lite.model.base import Model
+    from scvi_lite._typing import Model, Supervision
     from scvi_lite.nn.classifier import Adversary
     from scvi_lite.train.plan import Plan
 

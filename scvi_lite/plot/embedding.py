@@ -15,9 +15,9 @@ from scvi_lite.errors import unknown
 from scvi_lite.plot.style import OKABE_ITO, TOL_MUTED, saved, tidy
 
 if TYPE_CHECKING:
-    from anndata import AnnData
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from scvi_lite._typing import AnnData, Axes
 
 MARKERS = "o^sDvP*X"  # a second sign, once the colours have run out
 
