@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +19,12 @@ if TYPE_CHECKING:
     from scvi_lite._typing import Data
 
 logger = logging.getLogger("scvi_lite")
+
+
+def panels_of(columns: Sequence[Field]) -> Categorical:
+    """The column that tells where which proteins were measured: the panel, or else the batch."""
+    by_name = {column.name: column for column in columns if isinstance(column, Categorical)}
+    return by_name.get("panel_n", by_name["batch_n"])
 
 
 class Proteins(Field):

@@ -13,13 +13,10 @@ import torch
 
 from scvi_lite.analysis import accessibility, differential, minify, multiome
 from scvi_lite.data.batch import Batch
-from scvi_lite.data.fields import Categorical, Matrix, columns_of_obs
-from scvi_lite.data.modalities import read_modalities
-from scvi_lite.data.proteins import Proteins
-from scvi_lite.data.regions import count_genes, depth_field, first_columns, two_matrices, with_regions
+from scvi_lite.data.regions import count_genes, first_columns, with_regions
 from scvi_lite.data.registry import Registry
-from scvi_lite.errors import check_flag, check_whole, warn, without_needless
-from scvi_lite.model import query
+from scvi_lite.errors import check_flag, check_whole, warn
+from scvi_lite.model import multivi_setup, query
 from scvi_lite.model.base import arguments_of
 from scvi_lite.model.questions import CellModel
 from scvi_lite.nn.accessibility import default_sizes
@@ -31,7 +28,7 @@ from scvi_lite.train.plan import AdversarialPlan
 if TYPE_CHECKING:
     import pandas as pd
 
-    from scvi_lite._typing import AnnData, Data, MuData
+    from scvi_lite._typing import Data
 
 WIDEST = 128  # of hidden layers whose width is not given
 
@@ -114,6 +111,8 @@ class MULTIVI(CellModel):
     plan = AdversarialPlan(lr=1e-4, weight_decay=1e-3, eps=1e-8, optimizer="AdamW", n_epochs_kl_warmup=50)
     reads_mudata = True
 
+    setup_anndata = classmethod(multivi_setup.setup_anndata)
+    setup_mudata = classmethod(multivi_setup.setup_mudata)
     load_query_data = classmethod(query.load_query_data)
     prepare_query_anndata = staticmethod(query.prepare_query_anndata)
     prepare_query_mudata = staticmethod(query.prepare_query_mudata)
@@ -166,14 +165,13 @@ class MULTIVI(CellModel):
         super()._build(adata, registry, arguments)
 
     def _make_module(self, arguments: dict[str, Any]) -> MULTIVIModule:
-        options = {name: value for name, value in arguments.items() if name not in NOT_OF_THE_NETWORK}
         n_genes, n_regions = len(self._features("x")), len(self._features("peaks"))
-        options["n_hidden"], options["n_latent"] = default_sizes(
-            arguments["n_hidden"], arguments["n_latent"], min(n_regions or n_genes, WIDEST**2)
-        )
-        options |= {"n_layers": arguments["n_layers_encoder"], "n_regions": n_regions}
-        options["given_depth"] = "depth_n" in self.registry.fields
-        config = configure(self.registry, options | {"n_cells": self.registry.n_cells}, MultiConfig)
+        options, widest = dict(arguments), min(n_regions or n_genes, WIDEST**2)
+        del options["n_genes"], options["fully_paired"]
+        options["n_hidden"], options["n_latent"] = default_sizes(options["n_hidden"], options["n_latent"], widest)
+        options |= {"n_layers": options.pop("n_layers_encoder"), "n_regions": n_regions}
+        options |= {"n_cells": self.registry.n_cells, "given_depth": "depth_n" in self.registry.fields}
+        config = configure(self.registry, options, MultiConfig)
         measured = self.registry.fields.get("proteins_np", {}).get("measured", [[]])
         config = replace(config, n_genes=n_genes, n_proteins=len(measured[0]))
         return MULTIVIModule(config, torch.tensor(measured) if measured[0] else None)
@@ -286,122 +284,3 @@ class MULTIVI(CellModel):
         Statistics of the counts leave out the cells without RNA; the model's statements do not.
         """
         return differential.differential_expression(self, adata, **arguments_of(locals()), **options)
-
-    @classmethod
-    def setup_anndata(
-        cls,
-        adata: AnnData,
-        layer: str | None = None,
-        batch_key: str | None = None,
-        size_factor_key: str | None = None,
-        categorical_covariate_keys: Sequence[str] | None = None,
-        continuous_covariate_keys: Sequence[str] | None = None,
-        protein_expression_obsm_key: str | None = None,
-        protein_names_uns_key: str | None = None,
-        labels_key: str | None = None,
-    ) -> None:
-        """Check the data and note what the model reads from them, in ``adata.uns["scvi_lite"]``.
-
-        Parameters
-        ----------
-        adata
-            Cells × genes and regions, the genes first: :func:`scvi_lite.data.organize_multiome_anndatas` makes it from
-            up to three AnnDatas. A cell without any count of genes, or of regions, was not measured for them.
-        layer
-            Layer that holds the counts; ``adata.X`` by default.
-        batch_key, labels_key
-            Columns of ``adata.obs``: the batch to correct for, and the cell type (for gene-label dispersion).
-        size_factor_key
-            Column of positive factors to use instead of the library size of genes.
-        categorical_covariate_keys, continuous_covariate_keys
-            Columns of further covariates to correct for.
-        protein_expression_obsm_key
-            Key of ``adata.obsm`` with counts of proteins, if there are some. A protein that is zero in all cells of a
-            batch was not measured there.
-        protein_names_uns_key
-            Key of ``adata.uns`` with their names; by default those of the data frame's columns.
-
-        Raises
-        ------
-        KeyError
-            If a column, a layer or a key does not exist.
-        ValueError
-            If counts are negative, NaN or infinite, values are missing, or names repeat.
-        """
-        given = arguments_of(locals())
-        fields = [Matrix("x", layer), *columns_of_obs(given)]
-        if protein_expression_obsm_key is not None:
-            batch = Categorical("batch_n", "batch_key", batch_key)
-            fields.append(Proteins("proteins_np", protein_expression_obsm_key, protein_names_uns_key, panels=batch))
-        cls._register(adata, fields, given)
-
-    @classmethod
-    def setup_mudata(
-        cls,
-        mdata: MuData,
-        rna_layer: str | None = None,
-        atac_layer: str | None = None,
-        protein_layer: str | None = None,
-        batch_key: str | None = None,
-        size_factor_key: str | Sequence[str] | None = None,
-        categorical_covariate_keys: Sequence[str] | None = None,
-        continuous_covariate_keys: Sequence[str] | None = None,
-        idx_layer: str | None = None,
-        modalities: Mapping[str, str | None] | None = None,
-        labels_key: str | None = None,
-    ) -> None:
-        """Check the data and note what the model reads from them, in ``mdata.uns["scvi_lite"]``.
-
-        Cells are matched by name, whatever their order in each modality. A cell that a modality does not have, or
-        that has no count there, was not measured for it.
-
-        Parameters
-        ----------
-        mdata
-            RNA, chromatin and proteins as modalities, or some of them. Their cells may overlap in part, or not at all.
-        rna_layer, atac_layer, protein_layer
-            Layers that hold the counts; ``X`` by default.
-        modalities
-            In which modality to find what each argument names:
-            ``{"rna_layer": "rna", "atac_layer": "atac", "batch_key": "rna"}``. One of the first two is needed, and
-            what is not named is not modelled: proteins are with ``"protein_layer"``. Columns are looked for in
-            ``mdata.obs`` by default.
-        size_factor_key
-            As in :meth:`setup_anndata`; or a list of two, of which the second is the depth of chromatin: the share of
-            a cell's accessible regions that is found open, above 0 and up to 1.
-        batch_key, labels_key, categorical_covariate_keys, continuous_covariate_keys
-            Columns, as in :meth:`setup_anndata`.
-        idx_layer
-            Has no effect: a cell is known by its row.
-
-        Raises
-        ------
-        TypeError
-            If it is no MuData.
-        KeyError
-            If a modality, a column or a layer does not exist.
-        ValueError
-            If counts are negative, NaN or infinite, values are missing or disagree, or names repeat.
-        """
-        given = arguments_of(locals())
-        del given["modalities"], given["idx_layer"]
-        without_needless({"idx_layer": idx_layer}, {"idx_layer": "a cell is known by its row"})
-        where = read_modalities(mdata, modalities, given)
-        x, peaks = two_matrices(mdata, rna_layer, atac_layer, where)
-        keys = [size_factor_key] if size_factor_key is None or isinstance(size_factor_key, str) else size_factor_key
-        if not 1 <= len(keys) <= 2:
-            raise ValueError(f"size_factor_key={keys!r}: give a column for RNA, or [one for RNA, one for chromatin].")
-        fields = [x, peaks, *columns_of_obs(given | {"size_factor_key": keys[0]}, where)]
-        if len(keys) == 2:
-            fields.append(depth_field(mdata, keys[1], where["size_factor_key"]))
-        if (modality := where["protein_layer"]) is not None:
-            batch = Categorical("batch_n", "batch_key", batch_key, where["batch_key"])
-            fields.append(Proteins("proteins_np", layer=protein_layer, modality=modality, panels=batch))
-        cls._register(mdata, fields, given | {"modalities": where})
-        if where["atac_layer"] is not None:
-            accessibility.note_counts(peaks.read(mdata, peaks.state(layer=atac_layer)))
-
-
-NOT_OF_THE_NETWORK = (
-    "n_genes", "n_regions", "n_hidden", "n_latent", "n_layers_encoder", "fully_paired",
-)  # fmt: skip
