@@ -29,8 +29,9 @@ from scvi_lite.data.disk import LazyStore
 from scvi_lite.data.store import load
 from scvi_lite.model import SCVI
 from scvi_lite.train import launch, processes
+from scvi_lite.train.divergence import TrainingDivergedError
 from scvi_lite.train.plan import Plan
-from scvi_lite.train.task import Task, TrainingDivergedError
+from scvi_lite.train.task import Task
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # as what a notebook defines
 FORKS = pytest.mark.usefixtures("forks")

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
@@ -15,19 +14,12 @@ from scvi_lite.nn.classifier import Adversary
 from scvi_lite.nn.module import Loss, Module
 from scvi_lite.train import checkpoint as saved
 from scvi_lite.train.adam import make_optimizer, plateau_schedule
-from scvi_lite.train.divergence import TrainingDivergedError, weights_are_finite, what_diverged
-from scvi_lite.train.metrics import Sums
 from scvi_lite.train.plan import AdversarialPlan, Plan, metric_names
-
-CHECK_EVERY = 50  # steps between looks for NaN: each look waits for the device
-REMEMBER_EVERY = 1000  # steps between copies of the weights, within an epoch
+from scvi_lite.train.recorder import Recorder
 
 
-class Task(pl.LightningModule):
+class Task(Recorder):
     """Train a module on minibatches of cells.
-
-    Metrics are sums over cells, kept on the device and reduced over ranks once an epoch: no device waits for the host
-    at each step, and every rank holds the same numbers.
 
     Parameters
     ----------
@@ -48,31 +40,14 @@ class Task(pl.LightningModule):
         history: Mapping[str, Mapping[int, float]] | None = None,
         adversary: Adversary | None = None,
     ):
-        super().__init__()
-        self.module, self.plan, self.adversary = module, plan, adversary
-        self.epoch_history = {name: dict(values) for name, values in (history or {}).items()}
-        self.first_epoch = self.epoch_reached + 1 if self.epoch_history else 0
+        super().__init__(module, plan, history)
+        self.adversary = adversary
         self.about: dict[str, Any] = {}  #: what model the module is of, for those who load a checkpoint
-        self.latest: dict[str, float] = {}  #: ELBO of the last epoch, for the progress bar
         self.monitor_lr = plan.reduce_lr_on_plateau or plan.lr_schedule is not None
-        self.steps = 0  #: minibatches that the weights have seen in this training
-        self.good_steps = 0  #: those of them that last_good has seen
-        self.last_good: dict[str, Tensor] | None = None
         self.resumed: dict[str, Any] | None = None  #: what a checkpoint holds, until it is used
         self.schedule: torch.optim.lr_scheduler.ReduceLROnPlateau | None = None
         self.by_hand = False  #: whether the module gives its gradient, and nothing needs that of autograd
-        self.sums: dict[str, Sums] = {}
         self.held: list[tuple[Tensor, Tensor]] = []  #: frozen rows of parameters, and what they hold
-
-    @property
-    def has_trained(self) -> bool:
-        """Whether the module is trained, by this task or before it."""
-        return self.steps > 0 or any(self.epoch_history.values())
-
-    @property
-    def epoch_reached(self) -> int:
-        """The last epoch with metrics."""
-        return max((epoch for values in self.epoch_history.values() for epoch in values), default=0)
 
     # Steps ------------------------------------------------------------------------------------------------------------
 
@@ -121,8 +96,9 @@ class Task(pl.LightningModule):
     def set_schedules(self) -> None:
         """The weight of the KL terms and the learning rate of the next step."""
         self._set_kl_weight()
-        if self.plan.lr_schedule is not None:
-            self._set_lr()
+        if self.plan.lr_schedule is not None:  # it follows from where the training is alone: resuming needs no more
+            for group in self.trainer.optimizers[0].param_groups:
+                group["lr"] = self.plan.lr_at(self._share_done(ahead=0.5)) * self._lr_scale
 
     def score(self, batch: Any) -> tuple[Tensor, int]:
         """What to descend, and its number of cells; its terms are added up. All that a step asks of the device."""
@@ -163,12 +139,6 @@ class Task(pl.LightningModule):
         weight = plan.adversarial_weight(self.kl_weight) if isinstance(plan, AdversarialPlan) else 1 - self.kl_weight
         return adversary.loss(loss.z_nk, batch.batch_n[: len(loss.z_nk)], weight)
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if (batch_idx + 1) % CHECK_EVERY == 0:
-            self._raise_if_diverged(self.sums["train"].means(self.trainer.strategy), f", minibatch {batch_idx + 1}")
-            if (batch_idx + 1) % REMEMBER_EVERY == 0 and weights_are_finite(self.module):
-                self._remember()
-
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         if batch.n_cells:
             options = self.plan.loss_options
@@ -188,12 +158,6 @@ class Task(pl.LightningModule):
             self._kl_weight_set = weight
 
     _kl_weight_set = math.nan
-
-    def _set_lr(self) -> None:
-        """The learning rate of this step, which follows from where the training is alone: resuming needs no more."""
-        lr = self.plan.lr_at(self._share_done(ahead=0.5)) * self._lr_scale
-        for group in self.trainer.optimizers[0].param_groups:
-            group["lr"] = lr
 
     def _current_kl_weight(self) -> float:
         trainer, step, share = self.trainer, 0, 0.0
@@ -215,23 +179,11 @@ class Task(pl.LightningModule):
         by_epochs = epochs / trainer.max_epochs if trainer.max_epochs > 0 else 0.0
         return min(1.0, max(by_steps, by_epochs))
 
-    # Metrics ----------------------------------------------------------------------------------------------------------
-
-    def _start_sums(self, part: str) -> None:
-        if part not in self.sums:
-            self.sums[part] = Sums(self.module, part, self.device)
-        self.sums[part].start()
+    # Between epochs ---------------------------------------------------------------------------------------------------
 
     def on_validation_start(self) -> None:
         self._share_buffers()
         self._set_kl_weight()
-
-    def on_validation_epoch_start(self) -> None:
-        self._start_sums("validation")
-
-    def on_validation_epoch_end(self) -> None:
-        if not self.trainer.sanity_checking:
-            self._record(self.sums["validation"].means(self.trainer.strategy))
 
     def on_train_epoch_end(self) -> None:
         self._share_buffers()
@@ -250,59 +202,6 @@ class Task(pl.LightningModule):
         self._share_buffers()
         if self.trainer.world_size > 1:  # whatever the ranks draw from here on is the same
             torch.manual_seed(self.trainer.strategy.broadcast(int(torch.randint(1 << 62, ()))))
-
-    def _record(self, metrics: dict[str, float]) -> None:
-        """Write metrics of this epoch to the history, and log them."""
-        for name, value in metrics.items():
-            self.epoch_history.setdefault(name, {})[self.first_epoch + self.current_epoch] = value
-        latest = self._of_this_epoch(["elbo_train", "elbo_validation"])
-        self.latest |= {name.removeprefix("elbo_"): value for name, value in latest.items()}
-        if self.trainer.loggers:  # every rank logs the same number, so the mean that sync_dist takes is that number
-            self.log_dict(metrics, sync_dist=True)  # as numbers, which go to the device where the ranks meet
-        else:  # for callbacks alone that takes a millisecond each
-            self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
-
-    def _of_this_epoch(self, names: list[str]) -> dict[str, float]:
-        """The metrics that were recorded in this epoch."""
-        epoch = self.first_epoch + self.current_epoch
-        found = {name: self.epoch_history.get(name, {}).get(epoch) for name in names}
-        return {name: value for name, value in found.items() if value is not None}
-
-    def _share_buffers(self) -> None:
-        """Give every rank the running statistics of the first, which are those that its last step began from."""
-        if self.trainer.world_size > 1:
-            for buffer in self.module.buffers():
-                torch.distributed.broadcast(buffer, 0)
-
-    # Divergence -------------------------------------------------------------------------------------------------------
-
-    def _remember(self) -> None:
-        """Keep a copy of the weights, to go back to if training diverges."""
-        state = self.module.state_dict()
-        if self.last_good is None:
-            self.last_good = {name: torch.empty_like(value) for name, value in state.items()}
-        for name, value in state.items():
-            self.last_good[name].copy_(value)
-        self.good_steps = self.steps
-
-    def go_back(self) -> None:
-        """Put the module where it was before training diverged."""
-        self.module.load_state_dict(self.last_good or {})
-        self.steps = self.good_steps
-
-    def _raise_if_diverged(self, metrics: dict[str, float], where: str = "") -> None:
-        """Stop if a term of the loss or, at the end of an epoch, a weight is not finite; that epoch has no history."""
-        what = what_diverged(metrics, None if where else self.module)
-        if not what:
-            return
-        epoch = self.first_epoch + self.current_epoch
-        for values in self.epoch_history.values():
-            values.pop(epoch, None)
-        raise TrainingDivergedError(
-            f"Training diverged in epoch {epoch}{where}: {what} The last good weights are kept. "
-            f"Try a lower learning rate (now lr={self.plan.lr:g}): "
-            f"plan_kwargs={{'lr': {self.plan.lr / 10:g}}}, or gradient_clip_val=1."
-        )
 
     # Optimiser --------------------------------------------------------------------------------------------------------
 
