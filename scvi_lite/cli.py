@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -15,11 +14,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
-from scvi_lite.errors import listing, unknown
+from scvi_lite import _run
 
 INTERRUPTED = 130
-FROM_ONE_FILE = ("SCVI", "SCANVI", "LinearSCVI", "CondSCVI", "PEAKVI", "TOTALVI")
 OUT_FILES = "model.json, model.safetensors, adata.h5ad, training.png, umap.png and metrics.json"
 
 app = typer.Typer(
@@ -30,13 +29,9 @@ app = typer.Typer(
     help="Deep generative models of single-cell data.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Write into a folder that is not empty.")]
-
-
-class WrongCall(ValueError):
-    """A value on the command line that can be refused before any file is read."""
+Debug = Annotated[bool, Option("--debug", help="Show the traceback of an error.")]
+Out = Annotated[Path, Option("--out", "-o", help="Folder for the results.")]
+Overwrite = Annotated[bool, Option("--overwrite", help="Write into a folder that is not empty.")]
 
 
 def main() -> None:
@@ -60,7 +55,7 @@ def errors_in_one_line(debug: bool) -> Iterator[None]:
             raise
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         typer.echo(f"scvi-lite: {' '.join(str(message).split()) or type(error).__name__}", err=True)
-        raise typer.Exit(2 if isinstance(error, WrongCall) else 1) from None
+        raise typer.Exit(2 if isinstance(error, _run.WrongCall) else 1) from None
 
 
 def exit_if(interrupted: bool) -> None:
@@ -80,7 +75,7 @@ def show_version(wanted: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version.")
+        bool, Option("--version", callback=show_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
     """Options that come before the subcommand."""
@@ -88,35 +83,33 @@ def options(
 
 @app.command()
 def train(
-    data: Annotated[Path, typer.Argument(help="AnnData file (.h5ad) with counts.", show_default=False)],
-    model: Annotated[str, typer.Option(help=", ".join(FROM_ONE_FILE) + ".")] = "SCVI",
-    batch_key: Annotated[str | None, typer.Option(help="Column of obs with the batch.")] = None,
-    labels_key: Annotated[str | None, typer.Option(help="Column of obs with the cell type.")] = None,
-    unlabeled_category: Annotated[str | None, typer.Option(help="SCANVI: the label of cells without one.")] = None,
-    proteins: Annotated[str | None, typer.Option(help="TOTALVI: key of obsm with the proteins.")] = None,
-    layer: Annotated[str | None, typer.Option(help="Layer with the counts; X if not given.")] = None,
+    data: Annotated[Path, Argument(help="AnnData file (.h5ad) with counts.", show_default=False)],
+    model: Annotated[str, Option(help=", ".join(_run.FROM_ONE_FILE) + ".")] = "SCVI",
+    batch_key: Annotated[str | None, Option(help="Column of obs with the batch.")] = None,
+    labels_key: Annotated[str | None, Option(help="Column of obs with the cell type.")] = None,
+    unlabeled_category: Annotated[str | None, Option(help="SCANVI: the label of cells without one.")] = None,
+    proteins: Annotated[str | None, Option(help="TOTALVI: key of obsm with the proteins.")] = None,
+    layer: Annotated[str | None, Option(help="Layer with the counts; X if not given.")] = None,
     categorical_covariate: Annotated[
-        list[str] | None, typer.Option(help="Column of obs to correct for; may be repeated.")
+        list[str] | None, Option(help="Column of obs to correct for; may be repeated.")
     ] = None,
     continuous_covariate: Annotated[
-        list[str] | None, typer.Option(help="Column of obs to correct for; may be repeated.")
+        list[str] | None, Option(help="Column of obs to correct for; may be repeated.")
     ] = None,
     n_latent: Annotated[
-        int | None, typer.Option(min=1, show_default="by model", help="Dimensions of the latent space.")
+        int | None, Option(min=1, show_default="by model", help="Dimensions of the latent space.")
     ] = None,
     max_epochs: Annotated[
-        int | None, typer.Option(min=1, show_default="by number of cells", help="Passes over the data.")
+        int | None, Option(min=1, show_default="by number of cells", help="Passes over the data.")
     ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, show_default="by model", help="Cells in a minibatch.")
-    ] = None,
-    early_stopping: Annotated[bool, typer.Option("--early-stopping", help="Stop when validation is at rest.")] = False,
-    accelerator: Annotated[str, typer.Option(help="cpu, gpu, mps, auto, ...")] = "auto",
-    devices: Annotated[str, typer.Option(help="How many devices, or which, as Lightning reads it.")] = "auto",
-    strategy: Annotated[str, typer.Option(help="auto, ddp, ...")] = "auto",
-    seed: Annotated[int, typer.Option(help="The same seed gives the same model.")] = 0,
-    umap: Annotated[bool, typer.Option("--umap/--no-umap", help="Draw a UMAP of the latent space.")] = True,
-    progress: Annotated[bool, typer.Option("--progress/--no-progress", help="Show a progress bar.")] = True,
+    batch_size: Annotated[int | None, Option(min=1, show_default="by model", help="Cells in a minibatch.")] = None,
+    early_stopping: Annotated[bool, Option("--early-stopping", help="Stop when validation is at rest.")] = False,
+    accelerator: Annotated[str, Option(help="cpu, gpu, mps, auto, ...")] = "auto",
+    devices: Annotated[str, Option(help="How many devices, or which, as Lightning reads it.")] = "auto",
+    strategy: Annotated[str, Option(help="auto, ddp, ...")] = "auto",
+    seed: Annotated[int, Option(help="The same seed gives the same model.")] = 0,
+    umap: Annotated[bool, Option("--umap/--no-umap", help="Draw a UMAP of the latent space.")] = True,
+    progress: Annotated[bool, Option("--progress/--no-progress", help="Show a progress bar.")] = True,
     out: Out = Path("scvi_lite_runs/run"),
     overwrite: Overwrite = False,
     debug: Debug = False,
@@ -126,28 +119,23 @@ def train(
     Writes the model, the data with its latent space, pictures and metrics to a folder.
     """
     with errors_in_one_line(debug):
-        check_model_name(model)
-        check_out(out, overwrite)
-        adata = read_counts(data)
-        trained = set_up(
+        _run.check_model_name(model)
+        _run.check_out(out, overwrite)
+        adata = _run.read_counts(data)
+        trained = _run.set_up(
             adata, model, n_latent, seed,
             layer=layer, batch_key=batch_key, labels_key=labels_key,
             unlabeled_category=unlabeled_category, protein_expression_obsm_key=proteins,
             categorical_covariate_keys=categorical_covariate or None,
             continuous_covariate_keys=continuous_covariate or None,
         )  # fmt: skip
-        interrupted = fit(
-            trained,
-            max_epochs=max_epochs,
-            **({} if batch_size is None else {"batch_size": batch_size}),
-            **({"early_stopping": True} if early_stopping else {}),
-            accelerator=accelerator,
-            devices=devices,
-            strategy=strategy,
-            enable_progress_bar=progress,
-        )
+        chosen = {"batch_size": batch_size, "early_stopping": early_stopping or None}  # else as the model does it
+        interrupted = _run.fit(
+            trained, max_epochs=max_epochs, accelerator=accelerator, devices=devices, strategy=strategy,
+            enable_progress_bar=progress, **{name: value for name, value in chosen.items() if value is not None},
+        )  # fmt: skip
         colors = [key for key in (labels_key, batch_key) if key is not None]
-        metrics = write_results(trained, out, colors, umap=umap, interrupted=interrupted)
+        metrics = _run.write_results(trained, out, colors, umap=umap, interrupted=interrupted)
         if metrics is not None:
             losses = ", ".join(f"{name} {metrics[name]:.2f}" for name in metrics if name.startswith("elbo_"))
             typer.echo(f"{metrics['epochs']} epochs, {losses or 'no loss'}; wrote {OUT_FILES} to {out}")
@@ -156,8 +144,8 @@ def train(
 
 @app.command()
 def info(
-    folder: Annotated[Path, typer.Argument(help="Folder with a saved model.", show_default=False)],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    folder: Annotated[Path, Argument(help="Folder with a saved model.", show_default=False)],
+    as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
     debug: Debug = False,
 ) -> None:
     """Say what is in a model folder, without loading the weights."""
@@ -185,8 +173,8 @@ def readable(value: Any) -> str:
 @app.command()
 def demo(
     out: Out = Path("demo_output"),
-    max_epochs: Annotated[int, typer.Option(min=1, help="Passes over the data.")] = 200,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same model.")] = 0,
+    max_epochs: Annotated[int, Option(min=1, help="Passes over the data.")] = 200,
+    seed: Annotated[int, Option(help="The same seed gives the same model.")] = 0,
     debug: Debug = False,
 ) -> None:
     """Train SCVI on 700 real blood cells and show what it learned."""
@@ -194,120 +182,6 @@ def demo(
         from scvi_lite.demo import run
 
         exit_if(run(out, max_epochs, seed))
-
-
-FLAGS = {
-    "protein_expression_obsm_key": "--proteins",
-    "categorical_covariate_keys": "--categorical-covariate",
-    "continuous_covariate_keys": "--continuous-covariate",
-}
-
-
-def check_model_name(name: str) -> None:
-    """Refuse the name of a model that there is not, or that needs more than a file of counts."""
-    from scvi_lite import MODELS
-
-    if name not in FROM_ONE_FILE:
-        known = name in MODELS
-        hint = f" {name} is made in Python: it needs more than one file of counts." if known else ""
-        raise WrongCall(unknown("--model", name, FROM_ONE_FILE, "a model of this command", "Models") + hint)
-
-
-def check_out(out: Path, overwrite: bool) -> None:
-    """Refuse a place that cannot hold the results, before the time of a training is spent."""
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"--out '{out}' is a file: name a folder.")
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise FileExistsError(f"--out '{out}' is not empty: add --overwrite, or name another folder.")
-    existing = next(folder for folder in [out, *out.absolute().parents] if folder.exists())
-    if not os.access(existing, os.W_OK):
-        raise PermissionError(f"--out '{out}' cannot be written: '{existing}' is read-only.")
-
-
-def read_counts(path: Path) -> Any:
-    """Read an ``.h5ad`` file.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such file.
-    ValueError
-        If it is a folder or another kind of file.
-    """
-    if not path.exists():
-        raise FileNotFoundError(f"'{path}' does not exist.")
-    import anndata
-    import h5py
-
-    if path.is_dir() or not h5py.is_hdf5(path):
-        raise ValueError(f"'{path}' is not an .h5ad file; write one with adata.write_h5ad(path).")
-    with h5py.File(path) as file:
-        if not {"obs", "var"} <= set(file):
-            raise ValueError(f"'{path}' is an HDF5 file, but not of an AnnData: it holds {listing(file)}.")
-    return anndata.read_h5ad(path)
-
-
-def set_up(adata: Any, model_name: str, n_latent: int | None, seed: int, **setup: Any) -> Any:
-    """Make an untrained model of the data.
-
-    Raises
-    ------
-    WrongCall
-        If an option is missing that the model needs, or given that it does not have.
-    """
-    import inspect
-
-    import scvi_lite
-
-    scvi_lite.settings.seed = seed
-    model_class = getattr(scvi_lite.model, model_name)
-    given = {key: value for key, value in setup.items() if value is not None}
-    _, *parameters = inspect.signature(model_class.setup_anndata).parameters.values()
-    needed = [p.name for p in parameters if p.default is inspect.Parameter.empty]
-    for name in [*given, *needed]:
-        flag = FLAGS.get(name, "--" + name.replace("_", "-"))
-        if name not in given:
-            raise WrongCall(f"{model_name} needs {flag}.")
-        if name not in [p.name for p in parameters]:
-            raise WrongCall(f"{model_name} has no use for {flag}.")
-    model_class.setup_anndata(adata, **given)
-    return model_class(adata) if n_latent is None else model_class(adata, n_latent=n_latent)
-
-
-def fit(model: Any, **arguments: Any) -> bool:
-    """Train; true if the user interrupted, which train() says as a warning, once the model holds what it learned."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", "Training was interrupted", UserWarning)
-        try:
-            model.train(**arguments)
-        except UserWarning:
-            return True
-    return False
-
-
-def write_results(model: Any, out: Path, colors: list[str], umap: bool, interrupted: bool) -> dict[str, Any] | None:
-    """Write the model with its data and latent space, pictures and metrics; on the first of several processes only."""
-    from scvi_lite import plot
-
-    if not model.trainer.is_global_zero:
-        return None
-    model.adata.obsm["X_scVI"] = model.get_latent_representation()
-    out.mkdir(parents=True, exist_ok=True)
-    if umap:
-        plot.umap(model.adata, color=colors or None, save=out / "umap.png")
-    model.save(out, overwrite=True, save_anndata=True)
-    metrics = {
-        "model": type(model).__name__,
-        "n_cells": model.adata.n_obs,
-        "n_genes": model.adata.n_vars,
-        "epochs": max((len(frame) for frame in model.history.values()), default=0),
-        "interrupted": interrupted,
-        **{name: float(frame.iloc[-1, 0]) for name, frame in model.history.items() if len(frame)},
-    }
-    if "elbo_train" in metrics:
-        plot.training_curves(model, save=out / "training.png")
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    return metrics
 
 
 def describe(info: dict[str, Any]) -> dict[str, Any]:

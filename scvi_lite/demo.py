@@ -37,7 +37,7 @@ def run(out: Path, max_epochs: int = 200, seed: int = 0) -> bool:
     """
     import scvi_lite
     from scvi_lite import plot
-    from scvi_lite.cli import fit, write_results
+    from scvi_lite._run import fit, write_results
 
     scvi_lite.settings.seed = seed
     adata = scvi_lite.data.pbmc68k_reduced()
