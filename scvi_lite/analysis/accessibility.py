@@ -31,13 +31,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("scvi_lite")
 
 
-def difference(x1: np.ndarray, x2: np.ndarray) -> np.ndarray:
-    """The effect that is reported."""
-    return x2 - x1
-
-
-#: None is the log2 fold change of differential expression.
-EFFECTS: dict[str, Callable[..., np.ndarray] | None] = {"difference": difference, "log-fold": None}
+#: Of the draws of two populations: the effect that is reported, and None for that of differential expression.
+EFFECTS: dict[str, Callable[..., np.ndarray] | None] = {"difference": lambda x1, x2: x2 - x1, "log-fold": None}
 RENAMED = {"scale1": "est_prob1", "scale2": "est_prob2"}
 MEASURED = {"non_zeros_proportion1": "emp_prob1", "non_zeros_proportion2": "emp_prob2"}
 

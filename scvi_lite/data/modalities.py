@@ -132,10 +132,7 @@ def _check_modality(mdata: MuData, modality: str) -> None:
 
 
 def read_modalities(
-    mdata: MuData,
-    modalities: Mapping[str, str | None] | None,
-    arguments: Collection[str],
-    needed: Sequence[str] = (),
+    mdata: MuData, modalities: Mapping[str, str | None] | None, arguments: Collection[str], needed: Sequence[str] = ()
 ) -> dict[str, str | None]:
     """For each argument of ``setup_mudata`` the modality in which to look; None for the whole.
 

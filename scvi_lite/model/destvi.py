@@ -261,11 +261,7 @@ class DestVI(Model):
 
     @classmethod
     def setup_anndata(
-        cls,
-        adata: AnnData,
-        layer: str | None = None,
-        smoothed_layer: str | None = None,
-        batch_key: str | None = None,
+        cls, adata: AnnData, layer: str | None = None, smoothed_layer: str | None = None, batch_key: str | None = None
     ) -> None:
         """Check the data and note what the model reads from them, in ``adata.uns["scvi_lite"]``.
 

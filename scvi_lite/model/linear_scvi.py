@@ -193,11 +193,7 @@ class LinearSCVI(ReferenceModel):
 
     @classmethod
     def setup_anndata(
-        cls,
-        adata: AnnData,
-        batch_key: str | None = None,
-        labels_key: str | None = None,
-        layer: str | None = None,
+        cls, adata: AnnData, batch_key: str | None = None, labels_key: str | None = None, layer: str | None = None
     ) -> None:
         """Check the data and note what the model reads from them, in ``adata.uns["scvi_lite"]``.
 

@@ -29,10 +29,7 @@ if TYPE_CHECKING:
 
 
 def prepare_query_anndata(
-    adata: AnnData,
-    reference_model: Model | str | Path,
-    return_reference_var_names: bool = False,
-    inplace: bool = True,
+    adata: AnnData, reference_model: Model | str | Path, return_reference_var_names: bool = False, inplace: bool = True
 ) -> AnnData | pd.Index | None:
     """Give new data the genes of a reference, in its order: others are left out, missing ones filled with zeros.
 
@@ -85,10 +82,7 @@ def prepare_query_anndata(
 
 
 def prepare_query_mudata(
-    mdata: MuData,
-    reference_model: Model | str | Path,
-    return_reference_var_names: bool = False,
-    inplace: bool = True,
+    mdata: MuData, reference_model: Model | str | Path, return_reference_var_names: bool = False, inplace: bool = True
 ) -> MuData | dict[str, pd.Index] | None:
     """Give each modality of new data the features of a reference: see :meth:`prepare_query_anndata`.
 
@@ -222,6 +216,7 @@ def load_query_data(
     >>> mapped.summary_stats["n_batch"], mapped.get_latent_representation().shape
     (3, (100, 10))
     """
+    asked = {name.removeprefix("freeze_"): on for name, on in locals().items() if name.startswith("freeze_")}
     without_absent("load_query_data()", absent, ABSENT, list(signature(load_query_data).parameters)[1:-1])
     saved = _reference(reference_model)
     if saved.class_name != cls.__name__:
@@ -233,20 +228,12 @@ def load_query_data(
     if inplace_subset_query_vars and not old.modalities and set(saved.var_names) <= set(adata.var_names):
         adata._inplace_subset_var(saved.var_names)
     new = extend(old, adata, transfer_batch, needs_labels=saved.arguments.get("dispersion") == "gene-label")
-    freeze = Freeze(
-        freeze_dropout,
-        freeze_expression,
-        freeze_decoder_first_layer,
-        freeze_batchnorm_encoder,
-        freeze_batchnorm_decoder,
-        freeze_classifier,
-    )
 
     def load(module: Module, state: Mapping[str, Tensor]) -> None:
         weights, n_old = grow(module, state, old.n_categories, new.n_categories)
         load_weights(module, weights)
         if not unfrozen:
-            module.freeze(choose_frozen(module, n_old, freeze))
+            module.freeze(choose_frozen(module, n_old, Freeze(**asked)))
 
     untrained = replace(saved, registry=new.to_dict(), history={}, indices={}, is_trained=False, frozen={})
     model = from_saved(cls, untrained, adata, load)

@@ -58,7 +58,8 @@ def training_curves(
     ax = new_axes(6.4, 4.0) if ax is None else ax
     for end, curve in curves.items():
         label, color = ends[end]
-        ax.plot(curve.index, curve.to_numpy(), color=color, label=label, linewidth=1.8, marker=_marker_of_few(curve))
+        marker = "o" if len(curve) < 3 else None  # a line through one or two points cannot be seen without
+        ax.plot(curve.index, curve.to_numpy(), color=color, label=label, linewidth=1.8, marker=marker)
     labels = {"elbo": "negative ELBO", "reconstruction_loss": "reconstruction loss", "kl_local": "KL divergence"}
     ax.set_xlabel("epoch")
     ax.set_ylabel(f"{labels.get(metric, metric)} (nats per cell)" if metric in labels else metric)
@@ -68,11 +69,6 @@ def training_curves(
         ax.legend(frameon=False)
     tidy(ax)
     return saved(ax, save)
-
-
-def _marker_of_few(curve: pd.Series) -> str | None:
-    """A line through one or two points cannot be seen without markers."""
-    return "o" if len(curve) < 3 else None
 
 
 def _leave_out_the_first_drop(ax: Axes, curves: Sequence[pd.Series]) -> None:

@@ -108,9 +108,7 @@ class StopTogether(Callback):
         if trainer.world_size == 1 and self.stop.requested:
             self._end(trainer)
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         if trainer.world_size == 1:
             stop = self.stop.requested
         elif self.file is None:

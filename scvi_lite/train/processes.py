@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
@@ -119,7 +120,8 @@ class Workers:
         try:
             while talking and time.monotonic() < deadline:
                 if self.stop.requested and not told:
-                    self._tell_first("stop")
+                    with suppress(OSError):  # the first is gone already, which is noticed elsewhere
+                        next(iter(self.connections)).send("stop")
                     told = True
                 spoke = wait(list(talking), timeout=0.1)
                 for connection in [c for c in talking if c in spoke]:
@@ -166,13 +168,6 @@ class Workers:
         output = (self.folder / f"stderr_{rank}.txt").read_text(errors="replace")[-4000:]
         said = f" What it said last:\n{output}" if output.strip() else ""
         return Failure(rank, 0.0, WorkerError(f"Worker {rank} of {self.n_workers} {how}.{said}"))
-
-    def _tell_first(self, word: str) -> None:
-        first = next(iter(self.connections))
-        try:
-            first.send(word)
-        except OSError:  # gone already, which is noticed elsewhere
-            return
 
 
 def free_port() -> int:
