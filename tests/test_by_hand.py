@@ -1,12 +1,13 @@
 """The gradient of scVI that is written out, against that of autograd, and trainings with either."""
 
+import contextlib
 import copy
 import warnings
 
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
 
 import scvi_lite
 from scvi_lite.model import SCVI, LinearSCVI
@@ -157,7 +158,54 @@ def test_what_is_frozen_hooked_or_in_doubles_goes_by_autograd():
         lambda module: module.decoder.hidden.blocks[0].batch_norm.eval(),
         lambda module: setattr(module, "encoder", torch.nn.SyncBatchNorm.convert_sync_batchnorm(module.encoder)),
         lambda module: setattr(module, "loss", module.loss),
+        lambda module: setattr(module.encoder, "forward", module.encoder.forward),
+        lambda module: setattr(module.decoder, "dropout", module.decoder.scale),
+        lambda module: setattr(module.decoder, "scale", torch.nn.Sequential(module.decoder.scale)),
+        lambda module: setattr(module.decoder, "scale", torch.nn.Linear(24, 30, bias=False)),
+        lambda module: torch.nn.utils.parametrizations.weight_norm(module.decoder.scale),
+        lambda module: setattr(module.decoder.hidden.blocks[0], "activation", torch.nn.functional.gelu),
+        lambda module: setattr(module.decoder.hidden.blocks[0], "dropout_rate", 0.1),
+        lambda module: setattr(module.decoder.hidden.blocks[0].batch_norm, "momentum", None),
     ):
         module = make().module.train()
         hook(module)
         assert not module.is_by_hand
+
+
+@pytest.mark.parametrize("around", [torch.float64, torch.autocast("cpu", torch.bfloat16)], ids=["doubles", "autocast"])
+def test_what_is_set_around_a_training_changes_no_type(around):
+    model = make()
+    before = torch.get_default_dtype()
+    with contextlib.ExitStack() as stack:
+        if around is torch.float64:
+            torch.set_default_dtype(around)
+            stack.callback(torch.set_default_dtype, before)
+        else:
+            stack.enter_context(around)
+        model.train(max_epochs=2, batch_size=32, **SILENT)
+    assert np.isfinite(model.history["elbo_validation"].to_numpy(float)).all()
+    assert all(weight.dtype == torch.float32 for weight in model.module.parameters())
+
+
+class Freezes(Callback):
+    """Holds the encoder from the second epoch on."""
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 1:
+            pl_module.module.encoder.requires_grad_(False)
+            self.held = pl_module.module.encoder.loc.weight.detach().clone()
+
+
+@pytest.mark.parametrize("by_hand", [False, IS_BY_HAND], ids=["autograd", "by hand"])
+def test_what_a_callback_freezes_between_epochs_stays(by_hand, monkeypatch):
+    freezes = Freezes()
+    model, n_taken = trained(by_hand, monkeypatch, [freezes])
+    assert torch.equal(model.module.encoder.loc.weight, freezes.held)
+    assert n_taken == (4 if by_hand else 0)
+
+
+def test_averaged_weights_are_finite():
+    model = make()
+    averaging = StochasticWeightAveraging(1e-3, swa_epoch_start=1, annealing_epochs=1)
+    model.train(max_epochs=4, batch_size=32, callbacks=[averaging], **SILENT)
+    assert np.isfinite(model.history["elbo_validation"].to_numpy(float)).all()

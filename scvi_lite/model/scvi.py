@@ -39,7 +39,7 @@ class SCVIModule(CountVAE):
     @property
     def is_by_hand(self) -> bool:
         """Whether the gradient of the loss is written out for this network; of another loss in its place it is not."""
-        return type(self) is SCVIModule and "loss" not in vars(self) and by_hand.is_usual(self)
+        return type(self) is SCVIModule and by_hand.is_usual(self)
 
     loss_and_gradients = by_hand.loss_and_gradients
 

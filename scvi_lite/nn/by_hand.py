@@ -23,12 +23,18 @@ from torch import Tensor, nn
 from scvi_lite.data.batch import Batch
 from scvi_lite.distributions.fused import foreseen
 from scvi_lite.distributions.sparse import Product
-from scvi_lite.nn import layers
+from scvi_lite.nn import layers, vae
 from scvi_lite.nn.module import Frozen, Loss
 
 if TYPE_CHECKING:
     from scvi_lite.nn.unit_kernels import Units
     from scvi_lite.nn.vae import CountVAE
+
+
+# What the usual network is made of, and functions that others may put into an instance.
+PARTS = {nn.Linear, nn.BatchNorm1d, nn.ModuleList, nn.ParameterList, vae.Decoder}
+PARTS |= {layers.CovariateLinear, layers.Block, layers.Hidden, layers.Encoder}
+FUNCTIONS = {"loss", "encode", "decode", "library", "covariates", "forward"}
 
 
 def is_usual(module: CountVAE) -> bool:
@@ -41,17 +47,37 @@ def is_usual(module: CountVAE) -> bool:
         and (c.use_batch_norm, c.use_layer_norm, c.batch_representation) == ("both", "none", "one-hot")
         and not (c.encode_covariates or c.n_conts or c.use_size_factor or c.latent_library)
         and module.frozen == Frozen()
-        and all(type(norm) is nn.BatchNorm1d and norm.training == module.training for norm in norms(module))
+        and is_as_made(module)
         and all(w.device.type == "cpu" and w.dtype == torch.float32 and w.requires_grad for w in module.parameters())
         and not any(w._backward_hooks or w._post_accumulate_grad_hooks for w in module.parameters())
         and not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
         and not any(part._backward_hooks or part._backward_pre_hooks for part in module.modules())
+        and not torch.is_autocast_enabled("cpu")
     )
 
 
-def norms(module: CountVAE) -> list[nn.Module]:
-    """Those of the hidden layers, which several devices exchange for another kind."""
-    return [part.hidden.blocks[0].batch_norm for part in (module.encoder, module.decoder)]
+def is_as_made(module: CountVAE) -> bool:
+    """Whether nobody put other functions, parts or weights into the usual network."""
+    _, *parts = module.modules()
+    if any(FUNCTIONS & vars(part).keys() for part in (module, *parts)) or any(
+        type(part) not in PARTS for part in parts
+    ):
+        return False
+    encoder, decoder = module.encoder, module.decoder
+    blocks = [*encoder.hidden.blocks, *decoder.hidden.blocks]
+    maps = [block.linear for block in blocks] + [encoder.loc, encoder.log_var, decoder.scale]
+    maps += [] if decoder.dropout is None else [decoder.dropout]
+    norms = [block.batch_norm for block in blocks]
+    weights = [w for part in maps + norms for w in (part.weight, part.bias)]
+    weights += [module.log_theta, *decoder.hidden.blocks[0].linear.tables]
+    return (
+        len(weights) == len(set(weights))  # none stands in two places
+        and set(weights) == set(module.parameters())
+        and all(block.activation is F.relu for block in blocks)
+        and not blocks[1].dropout_rate
+        and all(norm.training == module.training and norm.track_running_stats for norm in norms)
+        and all(norm.momentum is not None for norm in norms)  # else they average over all minibatches
+    )
 
 
 def loss_and_gradients(module: CountVAE, batch: Batch, kl_weight: float) -> tuple[Loss, dict[Tensor, Tensor]]:
@@ -71,7 +97,7 @@ def loss_and_gradients(module: CountVAE, batch: Batch, kl_weight: float) -> tupl
     h_nh = layers.dropout(h_nh, rate) if rate else h_nh
     loc_nk, exp_nk = linear(encoder.loc, h_nh), linear(encoder.log_var, h_nh).exp_()
     var_nk = exp_nk + encoder.floor
-    scale_nk, noise_nk = var_nk.sqrt(), torch.randn(loc_nk.shape)
+    scale_nk, noise_nk = var_nk.sqrt(), torch.randn(loc_nk.shape, dtype=loc_nk.dtype)
     z_nk = torch.addcmul(loc_nk, scale_nk, noise_nk)
     kl_n = 0.5 * (var_nk + loc_nk * loc_nk - 1 - var_nk.log()).sum(-1)
 

@@ -21,7 +21,7 @@ def kept_units(n: int, n_hidden: int, rate: float) -> Tensor:
     tensor([[1., 1., 1.],
             [1., 1., 1.]])
     """
-    kept_nh = torch.empty(n, n_hidden)
+    kept_nh = torch.empty(n, n_hidden, dtype=torch.float32)
     seeds = torch.randint(2**32, (2,)).tolist()
     compiled(_fill, at_once=True)(kept_nh.view(-1).numpy(), min(round(rate * STEPS), STEPS - 1), *seeds)
     return kept_nh

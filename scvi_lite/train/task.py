@@ -69,9 +69,7 @@ class Task(Recorder):
             torch.manual_seed(saved.mix(self.trainer.datamodule.seed, self.trainer.global_rank))
         if self.last_good is None:
             self._remember()
-        plain = self.trainer.precision == "32-true" and not (self.plan.compile or torch.is_anomaly_enabled())
-        plain = plain and self.adversary is None and not self.plan.loss_options
-        self.by_hand = plain and self.module.is_by_hand
+        self._choose_way_back()
         needs_end = (
             "lr_schedule" if self.plan.lr_schedule else "n_steps_kl_warmup" if self.plan.warms_up_by_share else ""
         )
@@ -84,8 +82,14 @@ class Task(Recorder):
         self.held = [(rows, rows.clone()) for rows in frozen]
 
     def on_train_epoch_start(self) -> None:
+        self._choose_way_back()  # anew, as callbacks freeze parts or change norms
         self._start_sums("train")
         self.trainer.train_dataloader.sampler.skip = 0  # steps that the epoch before had behind it when resumed
+
+    def _choose_way_back(self) -> None:
+        plain = self.trainer.precision == "32-true" and not (self.plan.compile or torch.is_anomaly_enabled())
+        plain = plain and self.adversary is None and not self.plan.loss_options
+        self.by_hand = plain and self.module.is_by_hand
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         self.set_schedules()
