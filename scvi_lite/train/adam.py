@@ -28,7 +28,7 @@ class _FusedStep:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, update: Callable[..., None]):
-        self.group, self.update = optimizer.param_groups[0], update
+        self.group, self.state, self.update = optimizer.param_groups[0], optimizer.state, update
         self.lr: Tensor | None = None  #: instead of the number, where a graph records the step
         states = [optimizer.state[weight] for weight in self.group["params"]]
         self.turned = [i for i, weight in enumerate(self.group["params"]) if _is_turned(weight)]
@@ -75,7 +75,7 @@ def _step(optimizer: Adam | AdamW, closure: Any, theirs: Callable[[], Any], upda
     group, *others = optimizer.param_groups
     if others or not group["fused"] or any(weight.grad is None for weight in group["params"]):
         theirs()
-    elif optimizer.fused_step is not None:
+    elif optimizer.fused_step is not None and optimizer.fused_step.state is optimizer.state:  # not one loaded since
         optimizer.fused_step.take()
     else:
         theirs()
@@ -88,10 +88,6 @@ class Adam(torch.optim.Adam):
 
     fused_step: _FusedStep | None = None
 
-    def __setstate__(self, state: dict[str, Any]) -> None:  # also when a state is loaded
-        super().__setstate__(state)
-        self.fused_step = None
-
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """Descend along the gradients."""
@@ -102,10 +98,6 @@ class AdamW(torch.optim.AdamW):
     """``torch.optim.AdamW``, with fast fused steps."""
 
     fused_step: _FusedStep | None = None
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.fused_step = None
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
