@@ -62,38 +62,36 @@ def find_comparisons(
     if groupby is None:
         raise ValueError("Nothing says what to compare. Give groupby, a column of adata.obs, or idx1 and idx2.")
     column = obs_column(adata, "groupby", groupby)
-    rows_by_value = _rows_by_value(column)
-    rows_of = {str(value): rows for value, rows in rows_by_value.items()}
-    values = {str(value): value for value in rows_by_value}
+    groups = _groups_of(column)
     if group1 is None:
-        chosen = [name for name in rows_of if group2 is None or name != str(group2)]
+        chosen = [name for name in groups if group2 is None or name != str(group2)]
     else:
         chosen = [str(name) for name in ([group1] if isinstance(group1, str) or np.isscalar(group1) else group1)]
     for argument, name in [("group1", name) for name in chosen] + [("group2", group2)] * (group2 is not None):
-        if str(name) not in rows_of:
-            raise ValueError(unknown(argument, name, rows_of, f"a group in adata.obs[{groupby!r}]", "Groups"))
+        if str(name) not in groups:
+            raise ValueError(unknown(argument, name, groups, f"a group in adata.obs[{groupby!r}]", "Groups"))
     if not chosen:
         raise ValueError(f"group1={group1!r}: no group is named. Leave it out to compare each group with the rest.")
-    return [_against(name, group2, rows_of, values, groupby) for name in chosen]
+    return [_against(name, group2, groups, groupby) for name in chosen]
 
 
-def _against(
-    name: str, group2: Any, rows_of: dict[str, np.ndarray], values: dict[str, Any], groupby: str
-) -> Comparison:
+def _against(name: str, group2: Any, groups: dict[str, tuple[Any, np.ndarray]], groupby: str) -> Comparison:
+    value, rows = groups[name]
     if group2 is not None:
         if name == str(group2):
             raise ValueError(f"group1 and group2 are both {name!r}. Compare two groups, or leave out group2.")
-        return Comparison(rows_of[name], rows_of[str(group2)], values[name], values[str(group2)])
-    others = [rows for other, rows in rows_of.items() if other != name]
+        value2, rows2 = groups[str(group2)]
+        return Comparison(rows, rows2, value, value2)
+    others = [rows for other, (_, rows) in groups.items() if other != name]
     if not others:
         raise ValueError(f"groupby={groupby!r}: there is one group only, {name!r}, and nothing to compare it with.")
-    return Comparison(rows_of[name], np.sort(np.concatenate(others)), values[name], REST)
+    return Comparison(rows, np.sort(np.concatenate(others)), value, REST)
 
 
-def _rows_by_value(column: pd.Series) -> dict[Any, np.ndarray]:
-    """Rows of each value that occurs; cells without a value are in none."""
+def _groups_of(column: pd.Series) -> dict[str, tuple[Any, np.ndarray]]:
+    """Each value that occurs and its rows, by its name; cells without a value are in none."""
     codes = column.astype("category").cat.remove_unused_categories().cat
-    return {name: np.flatnonzero(codes.codes == i) for i, name in enumerate(codes.categories)}
+    return {str(value): (value, np.flatnonzero(codes.codes == i)) for i, value in enumerate(codes.categories)}
 
 
 def _select(model: Model, adata: AnnData, argument: str, selection: Any) -> np.ndarray:

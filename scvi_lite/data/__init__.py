@@ -2,43 +2,20 @@
 
 from scvi_lite._lazy import lazy
 
-__getattr__, __dir__ = lazy(
-    __name__,
-    {
-        "Batch": "scvi_lite.data.batch",
-        "Counts": "scvi_lite.data.batch",
-        "CellStore": "scvi_lite.data.store",
-        "Registry": "scvi_lite.data.registry",
-        "pbmc68k_reduced": "scvi_lite.data.datasets",
-        "synthetic_iid": "scvi_lite.data.datasets",
-        "organize_multiome_anndatas": "scvi_lite.data.multiome",
-        "poisson_gene_selection": "scvi_lite.data.selection",
-        **dict.fromkeys(
-            ("organize_cite_seq_10x", "read_10x_atac", "read_10x_multiome", "reads_to_fragments"),
-            "scvi_lite.data.readers",
-        ),
-        **dict.fromkeys(("read_csv", "read_loom", "read_text"), "anndata.io"),
-        "read_h5ad": "anndata",
-        "simulate": "scvi_lite.data.simulator",
-    },
-)
+PLACES = {
+    "scvi_lite.data.batch": ("Batch", "Counts"),
+    "scvi_lite.data.store": ("CellStore",),
+    "scvi_lite.data.registry": ("Registry",),
+    "scvi_lite.data.datasets": ("pbmc68k_reduced", "synthetic_iid"),
+    "scvi_lite.data.simulator": ("simulate",),
+    "scvi_lite.data.selection": ("poisson_gene_selection",),
+    "scvi_lite.data.multiome": ("organize_multiome_anndatas",),
+    "scvi_lite.data.readers": ("organize_cite_seq_10x", "read_10x_atac", "read_10x_multiome", "reads_to_fragments"),
+    "anndata.io": ("read_csv", "read_loom", "read_text"),
+    "anndata": ("read_h5ad",),
+}
+PLACE_OF = {name: place for place, names in PLACES.items() for name in names}
 
-__all__ = [
-    "Batch",
-    "CellStore",
-    "Counts",
-    "Registry",
-    "organize_cite_seq_10x",
-    "organize_multiome_anndatas",
-    "pbmc68k_reduced",
-    "poisson_gene_selection",
-    "read_10x_atac",
-    "read_10x_multiome",
-    "read_csv",
-    "read_h5ad",
-    "read_loom",
-    "read_text",
-    "reads_to_fragments",
-    "simulate",
-    "synthetic_iid",
-]
+__getattr__, __dir__ = lazy(__name__, PLACE_OF)
+
+__all__ = [*PLACE_OF]

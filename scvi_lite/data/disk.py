@@ -45,11 +45,9 @@ class LazyStore:
     ):
         self.counts = {name: registry.rows(adata, name) for name in registry.matrices}
         if not with_counts:
-            nowhere_n = np.full(adata.n_obs, -1)
-            empty = {
-                name: sparse.csr_matrix((0, rows.shape[1]), dtype=np.float32) for name, rows in self.counts.items()
-            }
-            self.counts = {name: Rows(matrix, nowhere_n) for name, matrix in empty.items()}
+            for name, rows in self.counts.items():
+                empty = sparse.csr_matrix((0, rows.shape[1]), dtype=np.float32)
+                self.counts[name] = Rows(empty, np.full(adata.n_obs, -1))
         self.cells = cell_tensors(adata, registry)
         self.row_n = torch.arange(adata.n_obs) if row_n is None else torch.from_numpy(row_n)
 

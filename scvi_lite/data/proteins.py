@@ -41,14 +41,8 @@ class Proteins(Field):
     """
 
     kind = "proteins"
-    parts = {
-        "argument": str,
-        "key": str | None,
-        "layer": str | None,
-        "names_key": str | None,
-        "names": list,
-        "measured": list,
-    }
+    parts = {"argument": str, "names": list, "measured": list}
+    parts |= dict.fromkeys(("key", "layer", "names_key"), str | None)
     has_features = True
 
     def __init__(

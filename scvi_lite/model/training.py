@@ -72,7 +72,7 @@ def fit_model(
     stopping, options = asked.sort_options({"early_stopping": early_stopping, **trainer_kwargs}, defaults)
     batch_size = (settings.batch_size or 128) if batch_size is None else batch_size
     check_whole(least=2, batch_size=batch_size)
-    max_epochs, plan = _length_and_plan(model, preset, max_epochs, plan_kwargs, options)
+    max_epochs, plan = _length_and_plan(model, preset, max_epochs, as_options("plan_kwargs", plan_kwargs), options)
     if shuffle_set_split not in (True, False):
         raise ValueError(f"shuffle_set_split={shuffle_set_split!r}: True or False is needed.")
     splitting = without_needless(as_options("datasplitter_kwargs", datasplitter_kwargs), asked.NEEDLESS)
@@ -80,8 +80,8 @@ def fit_model(
     if supervision is not None and "labeled_share" in splitting:
         supervision = replace(supervision, share=splitting["labeled_share"])
     options |= {"max_epochs": max_epochs, "accelerator": accelerator, "devices": devices, "strategy": strategy}
-    ckpt_path = options.get("ckpt_path")
-    start = _start(model, ckpt_path, splitting, train_size, validation_size, shuffle_set_split, batch_size)
+    shares = (train_size, validation_size, shuffle_set_split)
+    start = _start(model, batch_size, options.get("ckpt_path"), shares, splitting.get("external_indexing"))
     n_validation = 0 if options.get("limit_val_batches") == 0 else len(start.split.validation)
     module = model.module
     further = [module.metric_name(name, part) for part in ("train", "validation") for name in module.extra_metrics]
@@ -111,13 +111,9 @@ def fit_model(
 
 
 def _length_and_plan(
-    model: Model,
-    preset: str | None,
-    max_epochs: int | None,
-    plan_kwargs: Mapping[str, Any] | None,
-    options: Mapping[str, Any],
+    model: Model, preset: str | None, max_epochs: int | None, given: dict[str, Any], options: Mapping[str, Any]
 ) -> tuple[int | None, Plan]:
-    """Epochs, and how to descend: what is given, else what the preset says, else the defaults of the model.
+    """Epochs, and how to descend: as given for the plan, else as the preset says, else as the model does.
 
     Raises
     ------
@@ -126,7 +122,6 @@ def _length_and_plan(
     ValueError
         If a value is out of range.
     """
-    given = as_options("plan_kwargs", plan_kwargs)
     if max_epochs is not None:
         check_whole(max_epochs=max_epochs)
         max_epochs = int(max_epochs)  # Lightning takes no integer of NumPy
@@ -145,15 +140,11 @@ def _length_and_plan(
 
 
 def _start(
-    model: Model,
-    ckpt_path: str | Path | None,
-    splitting: Mapping[str, Any],
-    train_size: float | None,
-    validation_size: float | None,
-    shuffle: bool,
-    batch_size: int,
+    model: Model, batch_size: int, ckpt_path: str | Path | None, shares: tuple[Any, Any, bool], external: Any
 ) -> Start:
-    """Where a training begins: with a new split of the cells, or where a checkpoint left off.
+    """Where a training begins: where a checkpoint left off, or with a split that the user gave, or a new one.
+
+    ``shares`` are those of the cells to train on and to validate with, and whether these are drawn at random.
 
     Raises
     ------
@@ -164,11 +155,10 @@ def _start(
     if ckpt_path is not None:
         return read_checkpoint(ckpt_path, model.module, n_cells, batch_size)
     seed = settings.seed if settings.seed is not None else int(torch.randint(1 << 31, ()))
-    if splitting.get("external_indexing") is not None:
-        split = Split(*check_external(splitting["external_indexing"], n_cells))
+    if external is not None:
+        split = Split(*check_external(external, n_cells))
     else:
-        generator = torch.Generator().manual_seed(seed)
-        split = Split(*split_rows(n_cells, train_size, validation_size, shuffle, generator))
+        split = Split(*split_rows(n_cells, *shares, torch.Generator().manual_seed(seed)))
     if len(split.train) < 2:
         raise ValueError(
             f"{len(split.train)} training cell(s) of {n_cells}: at least two are needed. Give more cells, or a "

@@ -11,7 +11,7 @@ import traceback
 import warnings
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import cloudpickle
 import torch
@@ -55,15 +55,7 @@ class Channel:
     def isatty(self) -> bool:
         return False
 
-    def warn(
-        self,
-        message: Warning | str,
-        category: type[Warning],
-        filename: str,
-        lineno: int,
-        file: TextIO | None = None,
-        line: str | None = None,
-    ) -> None:
+    def warn(self, message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
         """In the place of ``warnings.showwarning``: the notebook decides what to do with a warning."""
         self.send("warning", (str(message), category, filename, lineno))
 
