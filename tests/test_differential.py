@@ -171,26 +171,26 @@ def test_ways_to_select_cells(model, monkeypatch):
 
 def test_only_drawn_cells_are_decoded(monkeypatch):
     model = make(n_cells=3000)
-    decode, n_decoded = model.module.decode, []
+    expression, n_decoded = model.module.expression, []
 
-    def counting(z, library_n, batch, **options):
+    def counting(z, batch, out):
         n_decoded.append(z.shape[:-1].numel())
-        return decode(z, library_n, batch, **options)
+        return expression(z, batch, out)
 
-    monkeypatch.setattr(model.module, "decode", counting)
+    monkeypatch.setattr(model.module, "expression", counting)
     compare(model, group1="type_0", n_samples_overall=100, mode="change", batch_correction=True)
     assert sum(n_decoded) == 200
 
 
 def test_batch_correction(model, monkeypatch):
     """Draws are decoded as from the batches asked for, each as often."""
-    seen, decode = [], model.module.decode
+    seen, expression = [], model.module.expression
 
-    def watching(z, library_n, batch, **options):
+    def watching(z, batch, out):
         seen.append(batch.batch_n.clone())
-        return decode(z, library_n, batch, **options)
+        return expression(z, batch, out)
 
-    monkeypatch.setattr(model.module, "decode", watching)
+    monkeypatch.setattr(model.module, "expression", watching)
     compare(model, group1="type_0", batch_correction=True)
     assert [batch_n.bincount().tolist() for batch_n in seen] == [[30, 30], [30, 30]]
     seen.clear()

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from scvi_lite.nn.conditional import LabelMixture
-from scvi_lite.nn.mixing import log_mixture, mean_softmax
+from scvi_lite.nn.mixing import log_mixture, mean_softmax, softmax_linear
 
 
 def inputs(shift=0.0):
@@ -45,6 +45,34 @@ def test_doubles_take_the_formula():
     tensors, _ = inputs()
     doubles = [t.detach().double() for t in tensors]
     torch.testing.assert_close(mean_softmax(*doubles), written_out(*doubles))
+
+
+@pytest.mark.parametrize("n_threads", [1, 2])
+@pytest.mark.parametrize("shape", [(6, 4), (2, 3, 4), (0, 4)])
+def test_softmax_of_a_linear_map(shape, n_threads, monkeypatch):
+    """Also where nothing or something far away is asked for, in a place of the caller's, and in doubles."""
+    monkeypatch.setattr("scvi_lite._compiled.MIN_WORK", 1)
+    monkeypatch.setattr("torch.get_num_threads", lambda: n_threads)
+    layer, h = torch.nn.Linear(4, 37), torch.randn(shape) * 50
+    expected = F.linear(h.double(), layer.weight.double(), layer.bias.double()).softmax(-1)
+    found = softmax_linear(h, layer)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-9)
+    assert not found.requires_grad
+    out = torch.empty(found.shape)
+    assert softmax_linear(h, layer, out).data_ptr() == out.data_ptr()
+    torch.testing.assert_close(out, found, rtol=0, atol=0)
+    torch.testing.assert_close(softmax_linear(h.double(), layer.double()), expected)
+    torch.testing.assert_close(softmax_linear(h.double(), layer, out), found, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("value", [float("nan"), -float("nan"), float("inf")])
+def test_what_diverged_is_not_hidden(value):
+    """One weight that is no number makes none of all that it reaches, as the formulas do."""
+    (h, weight_gh, bias_lg, share_nsl), _ = inputs()
+    layer = torch.nn.Linear(4, 37)
+    layer.bias.data[20] = bias_lg.data[1, 20] = value
+    assert softmax_linear(h, layer).isnan().all()
+    assert mean_softmax(h, weight_gh, bias_lg, share_nsl).isnan().all()
 
 
 @pytest.mark.parametrize("n_threads", [1, 2])

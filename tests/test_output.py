@@ -147,15 +147,15 @@ def test_refused_forms(made, monkeypatch):
 @pytest.mark.parametrize("place", ["expression.npy", "expression.zarr"])
 def test_what_is_interrupted_leaves_no_file(made, monkeypatch, place):
     module, calls = made["SCVI"].module, []
-    decode = module.decode
+    expression = module.expression
 
     def interrupted(*given, **options):
         calls.append(os.listdir())
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return decode(*given, **options)
+        return expression(*given, **options)
 
-    monkeypatch.setattr(module, "decode", interrupted)
+    monkeypatch.setattr(module, "expression", interrupted)
     with pytest.raises(KeyboardInterrupt):
         made["SCVI"].get_normalized_expression(out=place, batch_size=30)
     assert calls[-1] and place not in calls[-1]  # there was one, of another name

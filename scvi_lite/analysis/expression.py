@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scvi_lite.analysis.cells import check_samples, find_cells, frame, mean_over, minibatches, n_draws
+from scvi_lite.analysis.cells import check_samples, chosen, find_cells, frame, mean_over, minibatches, n_draws
 from scvi_lite.analysis.importance import draw_latent
 from scvi_lite.analysis.inputs import gene_positions, minibatch_size
 from scvi_lite.analysis.output import Out, writing
@@ -125,7 +125,8 @@ def get_normalized_expression(
         raise ValueError("weights='importance' weights draws from many cells: give n_samples_overall, e.g. 5000.")
     adata, rows = find_cells(model, adata, indices)
     n_genes = model.module.config.n_genes
-    size = minibatch_size(batch_size, n_samples * n_genes)
+    in_place = model.module.decodes_in_place and out is None and len(codes) == n_samples == 1
+    size = minibatch_size(batch_size, n_samples * n_genes // (4 if in_place else 1))
     z_sk = None
     if n_samples_overall is not None:
         rows, z_sk = draw_latent(
@@ -174,17 +175,11 @@ def expected(
 
     Written to ``out`` if that is given.
     """
-    library_n = batch.total_n.new_zeros(batch.n_cells) if log_library is None else log_library
-    rates = select_genes(model.module.decode(z, library_n, batch, mean_only=True), genes)
-    as_proportions = log_library is None and genes is None
-    if out is not None and as_proportions and rates.proportions and _alike(out, rates.logit_ng):
-        return torch.softmax(rates.logit_ng, -1, out=out)  # without a copy in between
-    value = rates.scale_ng if as_proportions else rates.mu_ng
-    return value if out is None else out.copy_(value)
-
-
-def _alike(a: Tensor, b: Tensor) -> bool:
-    return (a.device, a.dtype) == (b.device, b.dtype)
+    into = out if genes is None and z.device.type == "cpu" else None
+    value = chosen(model.module.expression(z, batch, into), genes)
+    if log_library is not None:
+        value = value.mul_(log_library.exp().unsqueeze(-1))
+    return value if out is None or into is not None else out.copy_(value)
 
 
 def select_genes(rates: Rates, genes: np.ndarray | None) -> Rates:

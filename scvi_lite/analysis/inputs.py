@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from scvi_lite._typing import AnnData, Model
 
 NUMBERS_AT_ONCE = 1 << 21  # size of the largest temporary array: 8 MiB in float32, which stay near the processor
-MAX_BATCH = 1024
+MAX_BATCH = 4096
 LOADER = {"dataloader": "name the cells with adata and indices; an AnnData may be backed by a file"}
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -171,7 +171,7 @@ def minibatch_size(batch_size: int | None, numbers_per_cell: int) -> int:
     """Cells in a minibatch: as asked for, else as many as keep temporary arrays small.
 
     >>> minibatch_size(None, 100), minibatch_size(None, 1 << 16), minibatch_size(7, 1 << 16)
-    (1024, 64, 7)
+    (4096, 64, 7)
     """
     if batch_size is None:
         batch_size = settings.batch_size

@@ -87,13 +87,14 @@ def positions(
 ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
     """What ``get_latent_representation`` gives, of any posterior of a minibatch."""
     model._warn_if_untrained()
+    check_whole(mc_samples=mc_samples)
+    c = model.module.config
+    on_simplex = c.latent_distribution == "ln"
+    draws = mc_samples * c.n_latent if on_simplex and give_mean and not return_dist else 0
+    batch_size = minibatch_size(batch_size, max(c.n_inputs // 4, draws))  # most counts are zero, and not held
     if return_dist:
         posteriors = [encode(batch) for batch in model._minibatches(adata, indices, batch_size)]
         return to_numpy([q.z_loc_nk for q in posteriors]), to_numpy([q.z_scale_nk for q in posteriors]) ** 2
-    check_whole(mc_samples=mc_samples)
-    on_simplex = model.module.config.latent_distribution == "ln"
-    if on_simplex and give_mean and batch_size is None:
-        batch_size = minibatch_size(None, mc_samples * model.module.config.n_latent)
     z: list[Tensor] = []
     for batch in model._minibatches(adata, indices, batch_size):
         q = encode(batch)

@@ -6,14 +6,16 @@ its rows are made, weighed and, going backward, turned into their own gradient w
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from scvi_lite.distributions.fused import is_compiled_for
-from scvi_lite.nn.conditional import LabelMixture
+
+if TYPE_CHECKING:
+    from scvi_lite.nn.conditional import LabelMixture
 
 
 def mean_softmax(h: Tensor, weight_gh: Tensor, bias_lg: Tensor, share_nsl: Tensor) -> Tensor:
@@ -40,6 +42,25 @@ def mean_softmax(h: Tensor, weight_gh: Tensor, bias_lg: Tensor, share_nsl: Tenso
         return _MeanSoftmax.apply(*inputs)
     scale_nslg = (F.linear(h, weight_gh) + bias_lg).softmax(-1)
     return torch.einsum("nsl,nslg->ng", share_nsl, scale_nslg)
+
+
+def softmax_linear(h: Tensor, layer: nn.Linear, out: Tensor | None = None) -> Tensor:
+    """softmax_g(weight · h + bias), (..., g), of ``h`` (..., h), without gradients.
+
+    Written to ``out`` where that is given: float32, contiguous and in the memory of the CPU.
+
+    >>> softmax_linear(torch.ones(2, 3), nn.Linear(3, 4)).sum(-1)
+    tensor([1.0000, 1.0000])
+    """
+    h, weight_gh, bias_g = (t.detach() for t in (h, layer.weight, layer.bias))
+    if torch.is_autocast_enabled("cpu") or not (is_compiled_for(h) and is_compiled_for(weight_gh)):
+        softmax = F.linear(h, weight_gh, bias_g).softmax(-1)
+        return softmax if out is None else out.copy_(softmax)
+    from scvi_lite.nn.mixing_kernels import to_softmax
+
+    row_rg = torch.mm(h.flatten(0, -2), weight_gh.t(), out=out if out is None else out.view(-1, len(bias_g)))
+    to_softmax(row_rg, bias_g)
+    return row_rg.view(*h.shape[:-1], len(bias_g))
 
 
 def log_mixture(z: Tensor, mixture: LabelMixture) -> Tensor:

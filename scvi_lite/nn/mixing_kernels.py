@@ -10,23 +10,26 @@ from torch import Tensor
 from scvi_lite._compiled import AT_ONCE, compiled, on_threads
 from scvi_lite.distributions.elementary_kernels import INT, F, exp, log, wide
 
+MAGNITUDE, INFINITE, NAN = INT(0x7FFFFFFF), INT(0x7F800000), INT(0x7FC00000)  # bits of a float32: all but its sign
+
 
 @numba.njit
 def as_ordered(bits):
     """The bits of a float32 as an integer of the same order, and back: compilers vectorise the maximum of integers."""
-    return INT(bits ^ ((bits >> INT(31)) & INT(0x7FFFFFFF)))
+    return INT(bits ^ ((bits >> INT(31)) & MAGNITUDE))
 
 
 @numba.njit(**AT_ONCE)
 def add_and_top(x_g, bias_g):
-    """Add the bias in place, and give the greatest."""
+    """Add the bias in place, and give the greatest; NaN if one is NaN or there is no greatest."""
     wide()
-    top = INT(-(2**31))
+    top, largest = INT(-(2**31)), INT(0)
     for j in range(x_g.shape[0]):
         x = F(x_g[j] + bias_g[j])
         x_g[j] = x
         top = max(top, as_ordered(x.view(INT)))
-    return INT(as_ordered(top)).view(F)
+        largest = max(largest, x.view(INT) & MAGNITUDE)
+    return INT(NAN if largest > INFINITE or top == INFINITE else as_ordered(top)).view(F)
 
 
 @numba.njit(**AT_ONCE)
@@ -38,6 +41,22 @@ def exp_below(x_g, top):
         x_g[j] = exp(x_g[j] - top)
         total += x_g[j]
     return total
+
+
+@numba.njit
+def exp_and_factor(x_g, bias_g):
+    """Turn a row into the exponentials of the row and the bias, and give what makes a softmax of them."""
+    top = add_and_top(x_g, bias_g)
+    total = exp_below(x_g, top)
+    return F(1) / total if top == top else top  # a training that diverges must not hide it
+
+
+@numba.njit(**AT_ONCE)
+def scale(x_g, factor):
+    """Scale in place."""
+    wide()
+    for j in range(x_g.shape[0]):
+        x_g[j] *= factor
 
 
 @numba.njit(**AT_ONCE)
@@ -68,6 +87,12 @@ def to_gradient(x_g, grad_g, mean, share, dbias_g):
         dbias_g[j] += x_g[j]
 
 
+def softmax_rows(first, last, x_rg, bias_g):
+    """Turn the rows first:last into the softmax of the row and the bias."""
+    for r in range(first, last):
+        scale(x_rg[r], exp_and_factor(x_rg[r], bias_g))
+
+
 def forward_rows(first, last, row_rg, bias_lg, share_nr, mean_ng):
     """Of the spots first:last, turn logits into softmax and fill the mean."""
     n_rows, n_labels = share_nr.shape[1], bias_lg.shape[0]
@@ -75,8 +100,8 @@ def forward_rows(first, last, row_rg, bias_lg, share_nr, mean_ng):
         mean_ng[i] = F(0)
         for r in range(n_rows):
             x_g = row_rg[i * n_rows + r]
-            total = exp_below(x_g, add_and_top(x_g, bias_lg[r % n_labels]))
-            scale_and_add(x_g, F(1) / total, share_nr[i, r], mean_ng[i])
+            factor = exp_and_factor(x_g, bias_lg[r % n_labels])
+            scale_and_add(x_g, factor, share_nr[i, r], mean_ng[i])
 
 
 def backward_rows(first, last, row_rg, share_nr, grad_ng, dshare_nr, dbias_lg):
@@ -163,6 +188,13 @@ def rows_to_gradients(
         return dbias_lg
 
     return torch.from_numpy(sum(on_threads(share, len(share_nr), row_rg.numel())))
+
+
+def to_softmax(x_rg: Tensor, bias_g: Tensor) -> None:
+    """Turn rows into the softmax of the row and the bias, in place."""
+    arrays = x_rg.numpy(), bias_g.detach().numpy()
+    kernel = compiled(softmax_rows)
+    on_threads(lambda first, last: kernel(first, last, *arrays), len(x_rg), x_rg.numel())
 
 
 def log_mixtures(z_lkx: Tensor, loc_lpk: Tensor, scale_lpk: Tensor, height_lp: Tensor) -> tuple[Tensor, Tensor]:

@@ -163,6 +163,7 @@ class MULTIVIModule(VAE):
     # Likelihood -------------------------------------------------------------------------------------------------------
 
     decode = CountVAE.decode  #: genes, as Rates
+    decodes_in_place, expression = CountVAE.decodes_in_place, CountVAE.expression
 
     def decode_regions(self, z: Tensor, depth_n: Tensor | None, batch: Batch) -> Accessibility:
         """The probabilities of regions at latent ``z`` (..., n, k) and the logit of the depth (..., n)."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from scvi_lite.data.batch import Batch, Counts
 from scvi_lite.nn.config import Choices, Config
 from scvi_lite.nn.layers import VARIANCE, Encoder, Hidden, rows
+from scvi_lite.nn.mixing import softmax_linear
 from scvi_lite.nn.module import Module
 from scvi_lite.nn.normal import draw_normal, kl_normal, log_normal
 from scvi_lite.nn.rates import LIKELIHOODS, Rates
@@ -244,6 +245,22 @@ class CountVAE(VAE):
         if c.gene_likelihood != "poisson" and log_theta is None:
             log_theta = by_code(self.log_theta, c.dispersion, batch)
         return Rates(c.gene_likelihood, logit_ng, library_n, log_theta, dropout_ng, not c.use_size_factor)
+
+    @property
+    def decodes_in_place(self) -> bool:
+        """Whether :meth:`expression` needs no memory beside that of its answer."""
+        return isinstance(self.decoder, Decoder) and not self.config.use_size_factor
+
+    def expression(self, z: Tensor, batch: Batch, out: Tensor | None = None) -> Tensor:
+        """Expected expression for a library of one at latent ``z`` (..., n, k), without gradients: (..., n, g).
+
+        Written to ``out`` where that is given: float32, contiguous and in the memory of the CPU.
+        """
+        if self.decodes_in_place:
+            h = self.decoder.hidden(self.to_latent(z), *self.covariates(batch))
+            return softmax_linear(h, self.decoder.scale, out)
+        scale = self.decode(z, torch.zeros_like(z[..., 0]), batch, mean_only=True).scale_ng
+        return scale if out is None else out.copy_(scale)
 
 
 def by_code(log_theta: Tensor, dispersion: str, batch: Batch) -> Tensor:
