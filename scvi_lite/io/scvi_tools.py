@@ -115,10 +115,14 @@ def _state(fields: dict[str, Any], name: str) -> dict[str, Any]:
     return fields.get(name, {}).get("state_registry", {})
 
 
-def _column(argument: str, key: str, categories: Any) -> dict[str, Any]:
-    """A categorical column; scvi-tools makes up a column, ``_scvi_...``, where none was named."""
-    named = None if key.startswith("_scvi_") else key
-    return {"argument": argument, "key": named, "categories": _listed(categories)}
+def _column(fields: dict[str, Any], theirs: str, argument: str, key: Any, **more: Any) -> dict[str, Any]:
+    """A column of ``obs``."""
+    return {"argument": argument, "key": key, **more, **_modality(fields, theirs)}
+
+
+def _named(key: str) -> str | None:
+    """The column that was named: scvi-tools makes up one, ``_scvi_...``, where none was."""
+    return None if key.startswith("_scvi_") else key
 
 
 def _registry(class_name: str, setup_args: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
@@ -140,32 +144,27 @@ def _registry(class_name: str, setup_args: dict[str, Any], fields: dict[str, Any
     )
     for name, theirs, argument in columns:
         if state := _state(fields, theirs):
-            column = _column(argument, state["original_key"], state["categorical_mapping"])
-            column |= _modality(fields, theirs)
+            categories = _listed(state["categorical_mapping"])
+            column = _column(fields, theirs, argument, _named(state["original_key"]), categories=categories)
             ours[name] = {"kind": "labels" if "unlabeled_category" in state else "categorical", **column}
     ours.setdefault("label_n", {"kind": "categorical", "argument": "labels_key", "key": None, "categories": [0]})
-    categorical = _state(fields, "extra_categorical_covs").get("mappings", {})
+    cats = _state(fields, "extra_categorical_covs").get("mappings", {})
+    conts = _state(fields, "extra_continuous_covs").get("columns", ())
+    of_cats = (fields, "extra_categorical_covs", "categorical_covariate_keys")
+    of_conts = (fields, "extra_continuous_covs", "continuous_covariate_keys")
     ours["cats_nc"] = {
         "kind": "categoricals",
-        "columns": [
-            _column("categorical_covariate_keys", key, values) | _modality(fields, "extra_categorical_covs")
-            for key, values in categorical.items()
-        ],
+        "columns": [_column(*of_cats, _named(key), categories=_listed(values)) for key, values in cats.items()],
     }
-    continuous = _state(fields, "extra_continuous_covs").get("columns", ())
     ours["conts_nd"] = {
         "kind": "continuouses",
-        "columns": [
-            {"argument": "continuous_covariate_keys", "key": str(key), "positive": False}
-            | _modality(fields, "extra_continuous_covs")
-            for key in continuous
-        ],
+        "columns": [_column(*of_conts, str(key), positive=False) for key in conts],
     }
     # CondSCVI of scvi-tools takes a size factor, and models total counts.
     if (keys := setup_args.get("size_factor_key")) and class_name != "CondSCVI":
         for name, key in zip(("size_factor_n", "depth_n"), [keys] if isinstance(keys, str) else keys):
-            ours[name] = {"kind": "continuous", "argument": "size_factor_key", "key": key, "positive": True}
-            ours[name] |= _modality(fields, "size_factor")
+            column = _column(fields, "size_factor", "size_factor_key", key, positive=True)
+            ours[name] = {"kind": "continuous", **column}
     if _state(fields, "proteins"):
         n_panels = len(ours.get("panel_n", ours["batch_n"])["categories"])
         ours["proteins_np"] = {"kind": "proteins", **_proteins(fields, setup_args, n_panels)}

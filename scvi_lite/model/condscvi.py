@@ -18,7 +18,7 @@ from scvi_lite.analysis.inputs import draw
 from scvi_lite.data.disk import LazyStore
 from scvi_lite.data.fields import Matrix, columns_of_obs
 from scvi_lite.data.labels import Labels
-from scvi_lite.errors import check_flag, check_number, listing, warn
+from scvi_lite.errors import check_flag, listing, warn
 from scvi_lite.model.base import arguments_of
 from scvi_lite.model.questions import ExpressionModel
 from scvi_lite.nn.conditional import CondConfig, CondSCVIModule
@@ -44,10 +44,6 @@ class CondPlan(Plan):
     classification_ratio: float = 5.0
 
     of_loss: ClassVar[tuple[str, ...]] = ("classification_ratio",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number(**self.loss_options)
 
 
 class CondSCVI(ExpressionModel):

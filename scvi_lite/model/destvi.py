@@ -13,7 +13,7 @@ from scvi_lite.analysis import spots
 from scvi_lite.data.fields import Matrix, columns_of_obs
 from scvi_lite.data.genes import match_genes
 from scvi_lite.data.registry import find, setups_of
-from scvi_lite.errors import check_number, check_options, listing, without_absent
+from scvi_lite.errors import check_options, listing, without_absent
 from scvi_lite.model.base import Model, arguments_of
 from scvi_lite.model.reference import Reference, check_reference
 from scvi_lite.nn.deconvolution import SpotConfig, SpotModule
@@ -65,10 +65,6 @@ class DestVIPlan(Plan):
         "ct_sparsity_weight", "weighting_augmentation", "weighting_smoothing", "eta_reg", "beta_reg",
         "weighting_kl_latent", "reconst_weight",
     )  # fmt: skip
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number(**self.loss_options)
 
 
 class DestVI(Model):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from scvi_lite.analysis import importance, joint, latent, minify, proteins
-from scvi_lite.errors import as_options, check_flag, check_number
+from scvi_lite.errors import as_options, check_flag
 from scvi_lite.model import query, totalvi_setup
 from scvi_lite.model.base import arguments_of
 from scvi_lite.model.questions import CellModel
@@ -48,10 +48,6 @@ class TotalPlan(AdversarialPlan):
     anneal_proteins: bool = True
 
     of_loss: ClassVar[tuple[str, ...]] = ("pro_recons_weight", "anneal_proteins")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number(pro_recons_weight=self.pro_recons_weight)
 
 
 class TOTALVI(CellModel):

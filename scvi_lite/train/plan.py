@@ -8,15 +8,7 @@ from dataclasses import dataclass, fields, replace
 from numbers import Real
 from typing import Any, ClassVar
 
-from scvi_lite.errors import (
-    as_options,
-    check_choice,
-    check_flag,
-    check_number,
-    check_options,
-    without_absent,
-    without_needless,
-)
+from scvi_lite.errors import as_options, check_choice, check_flag, check_number, without_absent, without_needless
 
 LR_RISE = 0.1  # share of a training over which the cosine schedule rises
 NEEDLESS = {
@@ -86,7 +78,8 @@ class Plan:
     compile_kwargs: Mapping[str, Any] | None = None
     cuda_graph: bool = False
 
-    of_loss: ClassVar[tuple[str, ...]] = ()  #: options that the loss is told, which a model's own plan adds
+    #: Options that the loss is told, which a model's own plan adds; numbers among them are zero or more.
+    of_loss: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         flags = ("scale_lr", "reduce_lr_on_plateau", "compile", "cuda_graph")
@@ -107,7 +100,8 @@ class Plan:
         if not (isinstance(self.eps, Real) and self.eps > 0):
             raise ValueError(f"eps={self.eps!r}: a positive number is needed.")
         not_negative = ("lr", "weight_decay", "min_kl_weight", "max_kl_weight", "lr_patience", "lr_threshold", "lr_min")
-        check_number(**{name: getattr(self, name) for name in not_negative})
+        of_loss = [f.name for f in fields(self) if f.name in self.of_loss and type(f.default) in (int, float)]
+        check_number(**{name: getattr(self, name) for name in (*not_negative, *of_loss)})
         if self.min_kl_weight > self.max_kl_weight:
             raise ValueError(f"min_kl_weight={self.min_kl_weight} is above max_kl_weight={self.max_kl_weight}.")
         if not (isinstance(self.lr_factor, Real) and 0 < self.lr_factor < 1):
@@ -190,10 +184,6 @@ class SemiSupervisedPlan(AdversarialPlan):
 
     of_loss: ClassVar[tuple[str, ...]] = ("classification_ratio",)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number(**self.loss_options)
-
 
 def make_plan(defaults: Plan, options: Mapping[str, Any] | None) -> Plan:
     """The defaults with ``plan_kwargs``; an unknown option is an error that names the nearest.
@@ -203,9 +193,8 @@ def make_plan(defaults: Plan, options: Mapping[str, Any] | None) -> Plan:
     TypeError
         If an option does not exist.
     """
-    given = without_absent("plan_kwargs", without_needless(as_options("plan_kwargs", options), NEEDLESS), ABSENT)
-    check_options("plan_kwargs", given, [f.name for f in fields(defaults)])
-    return replace(defaults, **given)
+    given, known = without_needless(as_options("plan_kwargs", options), NEEDLESS), [f.name for f in fields(defaults)]
+    return replace(defaults, **without_absent("plan_kwargs", given, ABSENT, known))
 
 
 def heuristic_epochs(n_cells: int) -> int:
