@@ -273,7 +273,7 @@ def differential_accessibility(
     """
     if not callable(change_fn) and change_fn not in EFFECTS:
         raise ValueError(unknown("change_fn", change_fn, EFFECTS, "a function or an option"))
-    (target,) = levels("fdr_target", fdr_target)[:1] or (0.05,)
+    target = next(iter(levels("fdr_target", fdr_target)), 0.05)  # one alone has a column
     table = differential_expression(
         model, adata, groupby, group1, group2, idx1, idx2, mode, delta, batch_size, all_stats,
         batch_correction, batchid1, batchid2, target, silent,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from scvi_lite.analysis import latent
+from scvi_lite.analysis.cells import find_cells
 from scvi_lite.analysis.inputs import to_numpy
 from scvi_lite.errors import StateError, check_whole
 
@@ -111,9 +112,7 @@ def predict(
             "This model knows no fine labels. Give them at setup: CondSCVI.setup_anndata(adata, labels_key=..., "
             "fine_labels_key=...), and train a new model."
         )
-    model._warn_if_untrained()
-    adata = model._check(adata)
-    rows = model._rows(adata, indices)
+    adata, rows = find_cells(model, adata, indices)
     probability: list[Tensor] = []
     for batch in model._minibatches(adata, rows, batch_size):
         q = model.module.encode(batch)

@@ -148,11 +148,8 @@ class Change:
                 return [question(turned(effect(x1, x2))) for x1, x2 in pairs.blocks(one, two, first, last)]
 
             # NumPy's own functions may run in threads; those of a user might mind.
-            shares = (
-                on_threads(share, one.value_sg.shape[1], one.value_sg.size)
-                if self._is_plain
-                else [share(0, one.value_sg.shape[1])]
-            )
+            ours, n_genes = self.effect is None and self.region is None, one.value_sg.shape[1]
+            shares = on_threads(share, n_genes, one.value_sg.size) if ours else [share(0, n_genes)]
             parts = [part for share in shares for part in share]
             return {name: np.concatenate([part[name] for part in parts], axis=-1) for name in parts[0]}
 
@@ -167,10 +164,6 @@ class Change:
             result[f"lfc_confidence_interval_{level}_min"] = quantiles[2 * i]
             result[f"lfc_confidence_interval_{level}_max"] = quantiles[2 * i + 1]
         return result
-
-    @property
-    def _is_plain(self) -> bool:
-        return self.effect is None and self.region is None
 
     def _effect_with(self, pseudocounts: np.float32) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
         """The effect of two arrays; a function of three is given the pseudocounts too."""

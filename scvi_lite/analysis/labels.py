@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from scvi_lite.analysis.cells import find_cells
 from scvi_lite.analysis.inputs import minibatch_size, needs_counts, to_numpy
 from scvi_lite.errors import as_options, check_options
 
@@ -78,9 +79,8 @@ def predict(
     >>> model.predict(soft=True).columns.tolist()
     ['label_0', 'label_1']
     """
-    model._warn_if_untrained()
-    adata = model._check(adata)
-    rows, names = model._rows(adata, indices), np.asarray(model.registry.categories("label_n")[:-1])
+    adata, rows = find_cells(model, adata, indices)
+    names = np.asarray(model.registry.categories("label_n")[:-1])
     probability: list[Tensor] = [torch.zeros(0, len(names))]
     for batch in model._minibatches(adata, rows, batch_size):
         q = model.module.encode(batch)

@@ -86,16 +86,12 @@ def save(
         else:
             model.adata.write_h5ad(folder / f"{prefix or ''}adata.h5ad", **options)
 
-    on_first_rank(
-        lambda: write_folder(
-            dir_path,
-            to_saved(model),
-            prefix=prefix or "",
-            overwrite=overwrite,
-            write_data=write_data if save_anndata else None,
-        ),
-        f"save {dir_path} {prefix} {sum(float(p.detach().double().sum()) for p in model.module.parameters())}",
-    )
+    def write() -> None:
+        data = write_data if save_anndata else None
+        write_folder(dir_path, to_saved(model), prefix=prefix or "", overwrite=overwrite, write_data=data)
+
+    sum_of_weights = sum(float(p.detach().double().sum()) for p in model.module.parameters())
+    on_first_rank(write, f"save {dir_path} {prefix} {sum_of_weights}")
 
 
 def load(

@@ -166,9 +166,9 @@ class MULTIVI(CellModel):
 
     def _make_module(self, arguments: dict[str, Any]) -> MULTIVIModule:
         n_genes, n_regions = len(self._features("x")), len(self._features("peaks"))
-        options, widest = dict(arguments), min(n_regions or n_genes, WIDEST**2)
+        options, n_read = dict(arguments), min(n_regions or n_genes, WIDEST**2)  # its root is the default width
         del options["n_genes"], options["fully_paired"]
-        options["n_hidden"], options["n_latent"] = default_sizes(options["n_hidden"], options["n_latent"], widest)
+        options["n_hidden"], options["n_latent"] = default_sizes(options["n_hidden"], options["n_latent"], n_read)
         options |= {"n_layers": options.pop("n_layers_encoder"), "n_regions": n_regions}
         options |= {"n_cells": self.registry.n_cells, "given_depth": "depth_n" in self.registry.fields}
         config = configure(self.registry, options, MultiConfig)

@@ -110,15 +110,8 @@ def stopping_callbacks(stopping: Stopping, root: Path, n_validation: int) -> lis
     """Early stopping and checkpoints, as asked for."""
     callbacks: list[pl.Callback] = []
     if stopping.early_stopping:
-        callbacks.append(
-            WarmEarlyStopping(
-                monitor=stopping.early_stopping_monitor,
-                min_delta=stopping.early_stopping_min_delta,
-                patience=stopping.early_stopping_patience,
-                mode=stopping.early_stopping_mode,
-                warmup_epochs=stopping.early_stopping_warmup_epochs,
-            )
-        )
+        options = ("monitor", "min_delta", "patience", "mode", "warmup_epochs")
+        callbacks.append(WarmEarlyStopping(**{name: getattr(stopping, f"early_stopping_{name}") for name in options}))
     if stopping.enable_checkpointing:
         monitor = stopping.checkpointing_monitor or ("validation_loss" if n_validation else "train_loss")
         place, at_end = root / "checkpoints", not is_of_validation(monitor)

@@ -143,17 +143,14 @@ def check_monitors(
             monitors.append((f"{type(callback).__name__}: monitor", callback.monitor, True))
     # A callback that a user wrote may log metrics of its own.
     more = any(not type(c).__module__.startswith("lightning.") for c in as_list(callbacks))
-    for argument, metric, used in monitors:
-        if used and metric is not None:
-            _check_monitor(argument, metric, n_validation, more, extra_metrics)
-
-
-def _check_monitor(argument: str, metric: str, n_validation: int, more: bool, extra_metrics: Sequence[str]) -> None:
     known = [*metric_names("train"), *metric_names("validation"), *extra_metrics, "kl_weight", "epoch", "step"]
-    if metric not in known and not more:
-        raise ValueError(unknown(argument, metric, known, "a metric", "Metrics"))
-    if is_of_validation(metric) and n_validation == 0:
-        raise ValueError(
-            f"{argument}={metric!r} needs validation cells, and none are set aside. Give train_size=0.9, or watch "
-            f"{metric.replace('validation', 'train')!r}."
-        )
+    for argument, metric, used in monitors:
+        if not used or metric is None:
+            continue
+        if metric not in known and not more:
+            raise ValueError(unknown(argument, metric, known, "a metric", "Metrics"))
+        if is_of_validation(metric) and n_validation == 0:
+            raise ValueError(
+                f"{argument}={metric!r} needs validation cells, and none are set aside. Give train_size=0.9, or watch "
+                f"{metric.replace('validation', 'train')!r}."
+            )

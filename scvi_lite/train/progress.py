@@ -127,9 +127,7 @@ class Progress(ProgressBar):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._tell(trainer, trainer.current_epoch)
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, task: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if time.monotonic() - self.last > self.INTERVAL:
             # An epoch is complete when its metrics are there, which is after its last minibatch.
             self._tell(trainer, trainer.current_epoch + batch_idx / trainer.num_training_batches)
