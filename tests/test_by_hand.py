@@ -166,6 +166,7 @@ def test_what_is_frozen_hooked_or_in_doubles_goes_by_autograd():
         lambda module: setattr(module.decoder.hidden.blocks[0], "activation", torch.nn.functional.gelu),
         lambda module: setattr(module.decoder.hidden.blocks[0], "dropout_rate", 0.1),
         lambda module: setattr(module.decoder.hidden.blocks[0].batch_norm, "momentum", None),
+        lambda module: torch.nn.utils.vector_to_parameters(torch.zeros(10_000), module.parameters()),  # stored anew
     ):
         module = make().module.train()
         hook(module)

@@ -70,9 +70,11 @@ def is_as_made(module: CountVAE) -> bool:
     norms = [block.batch_norm for block in blocks]
     weights = [w for part in maps + norms for w in (part.weight, part.bias)]
     weights += [module.log_theta, *decoder.hidden.blocks[0].linear.tables]
+    turned = {block.linear.weight for block in blocks}
     return (
         len(weights) == len(set(weights))  # none stands in two places
         and set(weights) == set(module.parameters())
+        and all((w.t() if w in turned else w).is_contiguous() for w in weights)  # as their gradients, for Adam
         and all(block.activation is F.relu for block in blocks)
         and not blocks[1].dropout_rate
         and all(norm.training == module.training and norm.track_running_stats for norm in norms)
