@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import ABCMeta
-from typing import NoReturn
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
-from scvi_lite.errors import ElsewhereError, nearest
+from scvi_lite.errors import ElsewhereError, as_options, nearest, without_absent, without_needless
 
 DATA_SETS = "data sets are not downloaded here; scvi_lite.data.pbmc68k_reduced() and simulate() need no download"
 PLAIN_SETUP = "the setup is plain data: model.registry['setup_args'], model.registry.read(adata, 'x')"
@@ -18,6 +20,7 @@ SPOTS = "expression is that of a cell type: call get_scale_for_ct(label), and ge
 LABELS = "model.registry['setup_args'] names the column of adata.obs and the category of cells without a label"
 ATTRIBUTIONS = "call predict(ig_interpretability=True), which gives the attributions of the genes too"
 ONE_TRAINER = "train() of a model calls lightning.Trainer, with the options that it is given"
+LOADER = {"dataloader": "name the cells with adata and indices; an AnnData may be backed by a file"}
 NO_LOADERS = dict.fromkeys(
     ("num_workers", "persistent_workers", "pin_memory", "prefetch_factor", "shuffle"),
     "cells are gathered on the device, in their order, without loader processes",
@@ -151,6 +154,9 @@ INSTEAD: dict[str, dict[str, str]] = {
     ) | {"get_latent_library_size": "call get_library_size_factors()"},
 }  # fmt: skip
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 
 def instead_of(place: str, name: str) -> str | None:
     """What to use instead of a name of scvi-tools; None for any other name.
@@ -170,6 +176,22 @@ def no_attribute(owner: object, name: str) -> AttributeError:
     guess = None if name.startswith("_") else nearest(name, dir(owner))
     hint = f" Did you mean {guess!r}?" if guess else ""
     return AttributeError(f"{cls.__name__} has no attribute {name!r}.{hint}", name=name)
+
+
+def without_loaders(question: Callable[P, R]) -> Callable[P, R]:
+    """A question that takes, too, what scvi-tools has for its data loaders, of which there are none.
+
+    ``dataloader=None`` and ``data_loader_kwargs`` are taken as scripts spell them out; what has no effect warns, and a
+    loader is refused.
+    """
+
+    @wraps(question)
+    def ask(*arguments: Any, **options: Any) -> R:
+        options |= as_options("data_loader_kwargs", options.pop("data_loader_kwargs", None))
+        options = without_absent(f"{question.__name__}()", without_needless(options, NO_LOADERS), LOADER)
+        return question(*arguments, **options)
+
+    return ask
 
 
 class SaysInstead(ABCMeta):

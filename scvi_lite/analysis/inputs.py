@@ -2,52 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import wraps
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from scvi_lite._elsewhere import NO_LOADERS
 from scvi_lite._settings import settings
-from scvi_lite.errors import (
-    StateError,
-    UnknownKeyError,
-    as_options,
-    check_whole,
-    listing,
-    nearest,
-    unknown,
-    without_absent,
-    without_needless,
-)
+from scvi_lite.errors import StateError, UnknownKeyError, check_whole, listing, nearest, unknown
 
 if TYPE_CHECKING:
     from scvi_lite._typing import AnnData, Model
 
 NUMBERS_AT_ONCE = 1 << 21  # size of the largest temporary array: 8 MiB in float32, which stay near the processor
 MAX_BATCH = 4096
-LOADER = {"dataloader": "name the cells with adata and indices; an AnnData may be backed by a file"}
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def without_loaders(question: Callable[P, R]) -> Callable[P, R]:
-    """A question that takes, too, what scvi-tools has for its data loaders, of which there are none.
-
-    ``dataloader=None`` and ``data_loader_kwargs`` are taken as scripts spell them out; what has no effect warns, and a
-    loader is refused.
-    """
-
-    @wraps(question)
-    def ask(*arguments: Any, **options: Any) -> R:
-        options |= as_options("data_loader_kwargs", options.pop("data_loader_kwargs", None))
-        options = without_absent(f"{question.__name__}()", without_needless(options, NO_LOADERS), LOADER)
-        return question(*arguments, **options)
-
-    return ask
 
 
 def cell_rows(adata: AnnData, indices: Any, argument: str = "indices") -> np.ndarray:

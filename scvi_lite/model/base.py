@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 
-from scvi_lite._elsewhere import SaysInstead, no_attribute
+from scvi_lite._elsewhere import SaysInstead, no_attribute, without_loaders
 from scvi_lite._settings import settings
 from scvi_lite.analysis import minify
-from scvi_lite.analysis.inputs import batch_codes, cell_rows, without_loaders
+from scvi_lite.analysis.inputs import batch_codes, cell_rows
 from scvi_lite.data import registry as registries
 from scvi_lite.data.batch import Batch
 from scvi_lite.data.disk import LazyStore
