@@ -126,7 +126,7 @@ def get_normalized_expression(
     adata, rows = find_cells(model, adata, indices)
     n_genes = model.module.config.n_genes
     in_place = model.module.decodes_in_place and out is None and len(codes) == n_samples == 1
-    size = minibatch_size(batch_size, n_samples * n_genes // (4 if in_place else 1))
+    size = minibatch_size(batch_size, n_samples * n_genes, light=in_place)
     z_sk = None
     if n_samples_overall is not None:
         rows, z_sk = draw_latent(

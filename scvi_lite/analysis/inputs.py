@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from scvi_lite._typing import AnnData, Model
 
 NUMBERS_AT_ONCE = 1 << 21  # size of the largest temporary array: 8 MiB in float32, which stay near the processor
-MAX_BATCH = 4096
+MAX_BATCH = 1024
 
 
 def cell_rows(adata: AnnData, indices: Any, argument: str = "indices") -> np.ndarray:
@@ -136,11 +136,15 @@ def positions_of(argument: str, wanted: Sequence[str] | None, names: Sequence[st
     return np.array([position_of[name] for name in wanted])
 
 
-def minibatch_size(batch_size: int | None, numbers_per_cell: int) -> int:
+def minibatch_size(batch_size: int | None, numbers_per_cell: int, light: bool = False) -> int:
     """Cells in a minibatch: as asked for, else as many as keep temporary arrays small.
 
+    ``light``: few numbers of a cell are held beside the answer, as those of counts that are not zero.
+
     >>> minibatch_size(None, 100), minibatch_size(None, 1 << 16), minibatch_size(7, 1 << 16)
-    (4096, 64, 7)
+    (1024, 64, 7)
+    >>> minibatch_size(None, 100, light=True), minibatch_size(None, 1 << 16, light=True)
+    (4096, 256)
     """
     if batch_size is None:
         batch_size = settings.batch_size
@@ -148,7 +152,8 @@ def minibatch_size(batch_size: int | None, numbers_per_cell: int) -> int:
         check_whole(batch_size=batch_size)
         return int(batch_size)
     # Twice the size: a product reads its weights once for each minibatch.
-    return max(1, min(MAX_BATCH, 2 * NUMBERS_AT_ONCE // max(1, numbers_per_cell)))
+    many = 4 if light else 1
+    return max(1, min(many * MAX_BATCH, many * 2 * NUMBERS_AT_ONCE // max(1, numbers_per_cell)))
 
 
 def draw(rows: np.ndarray, n: int) -> np.ndarray:

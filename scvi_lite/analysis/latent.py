@@ -91,7 +91,7 @@ def positions(
     c = model.module.config
     on_simplex = c.latent_distribution == "ln"
     draws = mc_samples * c.n_latent if on_simplex and give_mean and not return_dist else 0
-    batch_size = minibatch_size(batch_size, max(c.n_inputs // 4, draws))  # most counts are zero, and not held
+    batch_size = minibatch_size(batch_size, draws or c.n_inputs, light=not draws)
     if return_dist:
         posteriors = [encode(batch) for batch in model._minibatches(adata, indices, batch_size)]
         return to_numpy([q.z_loc_nk for q in posteriors]), to_numpy([q.z_scale_nk for q in posteriors]) ** 2

@@ -49,8 +49,8 @@ def softmax_linear(h: Tensor, layer: nn.Linear, out: Tensor | None = None) -> Te
 
     Written to ``out`` where that is given: float32, contiguous and in the memory of the CPU.
 
-    >>> softmax_linear(torch.ones(2, 3), nn.Linear(3, 4)).sum(-1)
-    tensor([1.0000, 1.0000])
+    >>> softmax_linear(torch.zeros(1, 3), nn.Linear(3, 1))
+    tensor([[1.]])
     """
     h, weight_gh, bias_g = (t.detach() for t in (h, layer.weight, layer.bias))
     if torch.is_autocast_enabled("cpu") or not (is_compiled_for(h) and is_compiled_for(weight_gh)):
@@ -66,6 +66,7 @@ def softmax_linear(h: Tensor, layer: nn.Linear, out: Tensor | None = None) -> Te
 def log_mixture(z: Tensor, mixture: LabelMixture) -> Tensor:
     """Log-density (..., l) at ``z`` (..., l, k) under the mixture of each label. Gradients reach ``z`` alone.
 
+    >>> from scvi_lite.nn.conditional import LabelMixture
     >>> one = LabelMixture(torch.zeros(2, 1, 3), torch.ones(2, 1, 3), torch.zeros(2, 1))
     >>> log_mixture(torch.zeros(4, 2, 3), one).shape
     torch.Size([4, 2])
