@@ -287,3 +287,17 @@ def test_minify_refuses(model):
         model.minify_adata(use_latent_qzm_key="m", use_latent_qzv_key="v")
     with pytest.raises(ValueError, match="library sizes"):
         make(use_observed_lib_size=False).minify_adata()
+
+
+def test_answers_are_in_single_precision_also_under_autocast():
+    adata = simulate(n_cells=60, n_genes=20)
+    SCVI.setup_anndata(adata, batch_key="batch")
+    model = SCVI(adata)
+    model.train(max_epochs=1, enable_progress_bar=False)
+    usual = model.get_elbo()
+    with torch.autocast("cpu", torch.bfloat16):
+        z_nk, expression_ng = model.get_latent_representation(), model.get_normalized_expression(return_numpy=True)
+        assert model.get_elbo() == pytest.approx(float(usual), rel=0.05)
+    np.testing.assert_array_equal(z_nk, model.get_latent_representation())
+    assert expression_ng.dtype == np.float32
+    np.testing.assert_allclose(expression_ng.sum(1), 1, rtol=1e-5)

@@ -154,7 +154,7 @@ class Model(metaclass=SaysInstead):
         store = LazyStore(adata, self.registry, self._rows(adata, indices), with_counts)
         self.module.eval()
         for batch in store.batches(int(batch_size)):
-            with torch.inference_mode():
+            with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
                 yield batch.to(self.device)
 
     _batch_codes = batch_codes
