@@ -1,7 +1,8 @@
 """The mean of many softmax rows, as in a spot of many cell types in many states, and how likely their places are.
 
 Written out, it takes ten passes over an array of spots × states × cell types × genes, which fits no cache. On the CPU
-its rows are made, weighed and, going backward, turned into their own gradient where they stand.
+its rows are made, weighed and, going backward, turned into their own gradient where they stand. The softmax of a linear
+map, which expected expression is, is made where it is put in the same way.
 """
 
 from __future__ import annotations

@@ -249,7 +249,8 @@ class CountVAE(VAE):
     @property
     def decodes_in_place(self) -> bool:
         """Whether :meth:`expression` needs no memory beside that of its answer."""
-        return isinstance(self.decoder, Decoder) and not self.config.use_size_factor
+        plain = isinstance(self.decoder, Decoder) and type(self.decoder.scale) is nn.Linear
+        return plain and not self.config.use_size_factor
 
     def expression(self, z: Tensor, batch: Batch, out: Tensor | None = None) -> Tensor:
         """Expected expression for a library of one at latent ``z`` (..., n, k), without gradients: (..., n, g).
