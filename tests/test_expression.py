@@ -301,3 +301,15 @@ def test_answers_are_in_single_precision_also_under_autocast():
     np.testing.assert_array_equal(z_nk, model.get_latent_representation())
     assert expression_ng.dtype == np.float32
     np.testing.assert_allclose(expression_ng.sum(1), 1, rtol=1e-5)
+
+
+def test_an_output_layer_of_another_kind_is_asked_itself():
+    adata = simulate(n_cells=60, n_genes=20)
+    SCVI.setup_anndata(adata, batch_key="batch")
+    model = SCVI(adata)
+    model.train(max_epochs=1, enable_progress_bar=False)
+    torch.manual_seed(0)
+    expected_ng = model.get_normalized_expression(return_numpy=True)
+    model.module.decoder.scale = torch.nn.Sequential(model.module.decoder.scale)
+    torch.manual_seed(0)
+    np.testing.assert_allclose(model.get_normalized_expression(return_numpy=True), expected_ng, rtol=1e-5)
