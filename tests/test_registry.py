@@ -49,7 +49,11 @@ def test_setups_come_back_from_files_as_they_were(tmp_path):
     assert (written.n_batches, written.n_labels, written.n_cells, written.n_features) == (2, 1, 8, 3)
 
 
-@given(values=st.lists(st.text() | st.integers(), min_size=8, max_size=8, unique_by=str))
+# pandas takes the character 0 for the end of a text, and "" and "\0" for the same.
+TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",)))
+
+
+@given(values=st.lists(TEXT | st.integers(), min_size=8, max_size=8, unique_by=str))
 def test_categories_of_any_text_come_back(values):
     adata = data(key=pd.Series(values, dtype=object).to_numpy())
     written = register(adata, batch="key")
