@@ -49,7 +49,7 @@ def test_setups_come_back_from_files_as_they_were(tmp_path):
     assert (written.n_batches, written.n_labels, written.n_cells, written.n_features) == (2, 1, 8, 3)
 
 
-# pandas takes the character 0 for the end of a text, and "" and "\0" for the same.
+# The character 0, which pandas takes for the end of a text, is refused.
 TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",)))
 
 
@@ -60,6 +60,17 @@ def test_categories_of_any_text_come_back(values):
     assert registry.find(adata, "SCVI") == written
     assert registry.Registry.from_dict(json.loads(json.dumps(written.to_dict()))) == written
     assert sorted(map(str, written.categories("batch_n"))) == sorted(map(str, values))
+
+
+@pytest.mark.parametrize("kind", [object, "category"])
+def test_a_name_with_the_character_0_is_refused(kind):
+    """pandas would take it and the empty name for one."""
+    adata = data(key=pd.Series(["\0", "a"] * 4, dtype=object).astype(kind).to_numpy())
+    with pytest.raises(ValueError, match="character 0"):
+        register(adata, batch="key")
+    adata = data(key=pd.Series(["", "\0"] * 4, dtype=object).to_numpy())
+    with pytest.raises(ValueError, match="character 0"):
+        register(adata, batch="key")
 
 
 def test_a_second_setup_disturbs_no_earlier_one():

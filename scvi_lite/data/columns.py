@@ -56,8 +56,13 @@ def categories_of(adata: Data, argument: str, key: str, modality: str | None = N
     if isinstance(column.dtype, pd.CategoricalDtype):
         values = column.cat.remove_unused_categories().cat.categories.tolist()
     else:
-        values = sorted(column.unique().tolist(), key=lambda value: (str(type(value)), value))
+        values = sorted(set(column.tolist()), key=lambda value: (str(type(value)), value))
     texts = pd.Index([text_of(value) for value in values])
+    if any("\0" in text for text in texts):  # pandas takes it for the end of a text, and what differs behind it for one
+        raise ValueError(
+            f"{argument}={key!r}: a value of adata.obs[{key!r}] has the character 0 in it. Take it out: "
+            f"adata.obs[{key!r}] = [str(value).replace('\\0', '') for value in adata.obs[{key!r}]]"
+        )
     if not texts.is_unique:
         raise ValueError(
             f"{argument}={key!r}: values of different types in adata.obs[{key!r}] read "
